@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one trainable module: students, bridges and objective."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.core import ranks
+from tutelage.core.batch import Batch, Facts, share_counts
+from tutelage.core.error import UserError, nearest
+from tutelage.core.model import Model
+from tutelage.core.objective import Losses, Objective
+from tutelage.core.reader import Reader
+from tutelage.core.signals import Signals
+from tutelage.core.tap import Tap
+from tutelage.core.task import Task
+from tutelage.core.teacher import Live, Teacher
+
+Observed = Signals | Mapping[str, Signals] | None
+
+
+@dataclass(frozen=True)
+class Build:
+    """What the dry run found.
+
+    Args:
+        shapes: of every recorded signal, by source and name.
+        overwritten: taps that a later in-place operation rewrites; they are cloned.
+        frozen: parameters of the students that no loss can reach; they were frozen.
+    """
+
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
+    overwritten: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+
+class Distiller(nn.Module):
+    """Reads the students, compares them with their teachers, and returns the losses.
+
+    Args:
+        student: a module or `Model`, or several by name.
+        objective: the terms and their weights.
+        task: what the student is for.
+        teacher: a `Teacher`, a module or `Model` (then `Live`), or several by name; never a child of this module.
+        sample: a small batch for the dry run at build. Weights, buffers and generators are as before after it.
+        facts: what is known of the run.
+
+    Raises:
+        UserError: if a term reads what no source has; sources and roles are named.
+
+    One step:
+
+        signals = distiller.observe(batch)
+        losses = distiller(batch, signals)
+        losses.total.backward(); optimizer.step(); optimizer.zero_grad()
+        distiller.after_step(losses)
+    """
+
+    def __init__(
+        self,
+        student: nn.Module | Model | Mapping[str, nn.Module | Model],
+        objective: Objective,
+        *,
+        task: Task,
+        teacher: Teacher | nn.Module | Model | Mapping[str, Teacher | nn.Module | Model] | None = None,
+        sample: Batch,
+        facts: Facts | None = None,
+    ) -> None:
+        super().__init__()
+        named = dict(student) if isinstance(student, Mapping) else {"student": student}
+        self.models = {name: Model.of(model) for name, model in named.items()}
+        self.students = nn.ModuleDict({name: model.module for name, model in self.models.items()})
+        self.objective, self.task = objective, task
+        self.objective.facts = facts or Facts()
+        given = {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher}
+        self.teachers: dict[str, Teacher] = {
+            name: one if isinstance(one, Teacher) else Live(one) for name, one in given.items()
+        }
+        self.step = 0
+        self.readers: dict[str, Reader] = {}
+        self._lent_to_nobody: list[nn.Parameter] = []
+        self.report = self._build(sample)
+
+    @property
+    def student(self) -> nn.Module:
+        """The user's own module (the first, if there are several)."""
+        return next(iter(self.students.values()))
+
+    @property
+    def facts(self) -> Facts:
+        """What is known of the run."""
+        return self.objective.facts
+
+    # --- build -------------------------------------------------------------------------------------------
+
+    def _build(self, sample: Batch) -> Build:
+        taps, borrows = self._plan()
+        device = next(self.student.parameters()).device
+        sample = sample.to(device)
+        for name, model in self.models.items():
+            self.readers[name] = Reader(model, taps[name], self.task)
+        with self._untouched():
+            self.train()
+            signals = {name: self.teachers[name].plan(taps[name], borrows[name], self.task, sample) for name in self.teachers}
+            for source in self._sources():
+                name, _, view = source.partition("@")
+                seen = sample.seen_as(view) if view else sample
+                if name in self.readers:
+                    try:
+                        signals[source] = self.readers[name].rehearse(seen)
+                    except ValueError as error:
+                        raise _explained(error, sample) from error
+                elif view:
+                    signals[source] = self.teachers[name].observe(seen)
+            for entry in self.objective.entries.values():
+                entry.term.build(signals[entry.student], signals.get(entry.teacher), self.facts)
+                entry.term.to(device)
+        shapes = {
+            source: {name: tuple(tensor.shape) for name, tensor in found.taps.items()}
+            for source, found in signals.items()
+        }
+        overwritten = tuple(f"{n}.{tap}" for n, reader in self.readers.items() for tap in reader.overwritten)
+        return Build(shapes, overwritten, self._freeze_unreached(sample, signals))
+
+    def _sources(self) -> list[str]:
+        """Every source that is read, students first; views after the sources they belong to."""
+        names = [*self.models]
+        for entry in self.objective.entries.values():
+            wanted = entry.term.reads
+            names += [entry.student] + ([entry.teacher] if wanted.teacher or wanted.borrows else [])
+        return list(dict.fromkeys(names))
+
+    def _plan(self) -> tuple[dict[str, list[Tap]], dict[str, list[str]]]:
+        """Return the taps of each source and the modules each teacher lends."""
+        known = [*self.models, *self.teachers]
+        taps: dict[str, list[Tap]] = {name: [] for name in known}
+        borrows: dict[str, list[str]] = {name: [] for name in known}
+        for label, entry in self.objective.entries.items():
+            wanted = entry.term.reads
+            student, teacher = entry.student.partition("@")[0], entry.teacher.partition("@")[0]
+            if student not in self.models:
+                raise UserError(f"objective.{label}.student: no student {student!r}{nearest(student, self.models)}")
+            taps[student] += wanted.student
+            if not (wanted.teacher or wanted.borrows):
+                continue
+            if teacher not in known:
+                if not self.teachers:
+                    raise UserError(f"objective.{label}: {type(entry.term).__name__} needs a teacher, and none was given")
+                raise UserError(f"objective.{label}.teacher: no source {teacher!r}{nearest(teacher, known)}")
+            taps[teacher] += wanted.teacher
+            borrows[teacher] += wanted.borrows
+            if wanted.borrows and teacher in self.models:
+                raise UserError(f"objective.{label}: modules are lent by a teacher, not by the student {teacher!r}")
+        return {name: list(dict.fromkeys(found)) for name, found in taps.items()}, borrows
+
+    @contextmanager
+    def _untouched(self) -> Iterator[None]:
+        """Restore buffers, training flags and generators of the students after a rehearsal."""
+        modules = [*self.students.modules(), *self.objective.modules()]
+        flags = [(module, module.training) for module in modules]
+        buffers = [(buffer, buffer.clone()) for module in (self.students, self.objective) for buffer in module.buffers()]
+        devices = sorted({p.device.index or 0 for p in self.parameters() if p.device.type == "cuda"})
+        with torch.random.fork_rng(devices):
+            try:
+                yield
+            finally:
+                for module, training in flags:
+                    module.training = training
+                with torch.no_grad():
+                    for buffer, before in buffers:
+                        buffer.copy_(before)
+
+    def _freeze_unreached(self, sample: Batch, signals: Mapping[str, Signals]) -> tuple[str, ...]:
+        """Freeze parameters of the students that no loss reaches: DDP would wait for their gradients."""
+        candidates = {name: p for name, p in self.students.named_parameters() if p.requires_grad}
+        unreached = set(candidates)
+        for training in (True, False):  # a layer may be skipped at random in training mode
+            if not unreached:
+                break
+            with self._untouched():
+                self.train(training)
+                observed = {name: found for name, found in signals.items() if name in self.teachers}
+                sources = self._read(sample, observed)
+                total = self._reaching(sources, sample)
+                if total is None or not total.requires_grad:
+                    return ()
+                names = sorted(unreached)
+                found = torch.autograd.grad(total, [candidates[name] for name in names], allow_unused=True)
+                unreached = {name for name, grad in zip(names, found, strict=True) if grad is None}
+        for name in unreached:
+            self._lent_to_nobody.append(candidates[name].requires_grad_(False))
+        return tuple(sorted(unreached))
+
+    def _reaching(self, sources: Mapping[str, Signals], batch: Batch) -> Tensor | None:
+        """Sum everything that has a weight at some time."""
+        losses: list[Tensor] = []
+        if self.objective.final_weight("task"):
+            for name in self.models:
+                loss = self.task.loss(sources[name].output, batch)
+                losses += [loss] if isinstance(loss, Tensor) else loss.values()
+        for label, entry in self.objective.entries.items():
+            if self.objective.final_weight(label):
+                teacher = sources.get(entry.teacher)
+                if teacher is not None and entry.teacher.partition("@")[0] in self.models and not entry.live:
+                    teacher = teacher.detach()
+                parts, _ = self.objective.compare(label, sources[entry.student], teacher, batch, 0)
+                losses += parts.values()
+        return sum(losses[1:], losses[0]) if losses else None
+
+    # --- the step ----------------------------------------------------------------------------------------
+
+    def share(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Return the micro-batches of one optimizer step with the step's mean counts, over all ranks."""
+        if len(batches) == 1 and ranks.world_size() == 1:
+            return list(batches)
+        return share_counts(batches, self.objective.averages(self.task), ranks.mean)
+
+    def observe(self, batch: Batch) -> dict[str, Signals]:
+        """Return every teacher's signals for a batch, by name."""
+        found = {name: teacher.observe(batch) for name, teacher in self.teachers.items()}
+        for source in self._sources():
+            name, _, view = source.partition("@")
+            if view and name in self.teachers:
+                found[source] = self.teachers[name].observe(batch.seen_as(view))
+        return found
+
+    def forward(self, batch: Batch, signals: Observed = None) -> Losses:
+        """Return the losses of a batch: the only call that needs gradients.
+
+        Args:
+            batch: on the students' device.
+            signals: of the one teacher, or of all by name as `observe` returns them; None without a teacher.
+        """
+        sources = self._read(batch, signals)
+        return self.objective(sources, tuple(self.models), batch, self.task, self.step)
+
+    def _read(self, batch: Batch, signals: Observed) -> dict[str, Signals]:
+        observed = {"teacher": signals} if isinstance(signals, Signals) else dict(signals or {})
+        missing = [name for name in self.teachers if name not in observed]
+        if missing:
+            raise ValueError(f"no signals of teacher {missing[0]!r}: pass what distiller.observe(batch) returns")
+        for source in self._sources():
+            name, _, view = source.partition("@")
+            if name in self.readers:
+                seen = batch.seen_as(view) if view else batch
+                try:
+                    observed[source] = self.readers[name](seen)
+                except ValueError as error:
+                    raise _explained(error, batch) from error
+        return observed
+
+    def after_step(self, *losses: Losses) -> None:
+        """Commit what the terms kept, move the clock and every teacher that follows the student.
+
+        Args:
+            losses: of every micro-batch of the optimizer step.
+        """
+        for label in self.objective.entries:
+            kept = [one.kept[label] for one in losses if label in one.kept]
+            if kept:
+                joined = {name: ranks.gather(torch.cat([part[name] for part in kept])) for name in kept[0]}
+                with torch.no_grad():
+                    self.objective.entries[label].term.commit(joined)
+        for teacher in self.teachers.values():
+            teacher.follow(self.student)
+        self.step += 1
+
+    # --- around the step ---------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> "Distiller":
+        """Set training mode; wholly frozen parts of the students stay in eval."""
+        super().train(mode)
+        if mode:
+            for module in self.students.modules():
+                parameters = list(module.parameters())
+                if parameters and not any(p.requires_grad for p in parameters):
+                    module.eval()
+        return self
+
+    def param_groups(self, weight_decay: float | None = None) -> list[dict[str, Any]]:
+        """Return what an optimizer is built from: the students' parameters and each term's own groups.
+
+        Args:
+            weight_decay: if given, vectors and scalars (norms and biases) form a group without decay.
+        """
+        trained = [p for p in self.students.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": trained}]
+        for term in self.objective.terms.values():
+            groups += term.param_groups()
+        if weight_decay is None:
+            return [group for group in groups if group["params"]]
+        split = []
+        for group in groups:
+            split.append({"weight_decay": weight_decay, **group, "params": [p for p in group["params"] if p.ndim > 1]})
+            split.append({**group, "weight_decay": 0.0, "params": [p for p in group["params"] if p.ndim <= 1]})
+        return [group for group in split if group["params"]]
+
+    def answer(self, batch: Batch) -> Any:
+        """Return the first student's output, without gradient: evaluation goes through the Distiller."""
+        with torch.no_grad():
+            return self.task.call(next(iter(self.models.values())), batch)
+
+    def compile(self, **options: Any) -> None:  # type: ignore[override]
+        """Compile the students' forwards and the terms, each as a frame of its own."""
+        for reader in self.readers.values():
+            reader.compile(**options)
+        for term in self.objective.terms.values():
+            term.compile(**options)
+
+    def get_extra_state(self) -> Tensor:
+        """The clock, as a tensor: schedules go on where they were."""
+        return torch.tensor(self.step)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Set the clock from a state dict."""
+        self.step = int(state)
+
+    def close(self) -> None:
+        """Remove every hook and give unreached parameters their gradient flag back."""
+        for reader in self.readers.values():
+            reader.close()
+        for teacher in self.teachers.values():
+            teacher.close()
+        for parameter in self._lent_to_nobody:
+            parameter.requires_grad_(True)
+        self._lent_to_nobody = []
+
+
+def _explained(error: ValueError, batch: Batch) -> ValueError:
+    """Say what to do about a batch norm that got a single value a channel."""
+    if "more than 1 value per channel" not in str(error):
+        return error
+    return UserError(
+        f"batch norm cannot train on a batch of {len(batch)} here ({error}): "
+        "use a batch size of at least 2, or drop the last incomplete batch"
+    )

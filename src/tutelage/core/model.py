@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A user's module with what the library must know to call and tap it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tutelage.core.error import UserError, nearest
+from tutelage.core.tap import Tap, is_role
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What pixels a model wants. Batches carry pixels in [0, 1]; each model prepares them for itself.
+
+    Args:
+        size: (height, width) to resize to (bilinear, antialiased), or None to take any.
+        mean: by channel, in [0, 1] units; empty for none.
+        std: by channel.
+        channels: number of channels; one-channel batches are repeated to it.
+        bgr: channel order of the model is blue, green, red.
+    """
+
+    size: tuple[int, int] | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    channels: int = 3
+    bgr: bool = False
+
+    def prepare(self, pixels: Tensor, constants: dict[Any, tuple[Tensor, Tensor]]) -> Tensor:
+        """Return pixels as the model wants them, on their device and in their dtype.
+
+        Raises:
+            UserError: if the number of channels fits neither.
+        """
+        if pixels.shape[1] != self.channels:
+            if pixels.shape[1] != 1:
+                raise UserError(f"images have {pixels.shape[1]} channels, the model takes {self.channels}")
+            pixels = pixels.expand(-1, self.channels, -1, -1)
+        if self.size is not None and tuple(pixels.shape[-2:]) != self.size:
+            pixels = F.interpolate(pixels, self.size, mode="bilinear", align_corners=False, antialias=True)
+        if self.bgr:
+            pixels = pixels.flip(1)
+        if self.mean:
+            key = (pixels.device, pixels.dtype)
+            if key not in constants:
+                constants[key] = (
+                    torch.tensor(self.mean, device=key[0], dtype=key[1]).view(1, -1, 1, 1),
+                    torch.tensor(self.std, device=key[0], dtype=key[1]).view(1, -1, 1, 1),
+                )
+            mean, std = constants[key]
+            pixels = (pixels - mean) / std
+        return pixels
+
+
+@dataclass
+class Model:
+    """A module with its adapters. The module itself is left as the user made it.
+
+    Args:
+        module: the network.
+        roles: places of tensors by role; see `tutelage.core.tap.ROLES`.
+        modules: paths of modules by role, for what a teacher may lend (`classifier`).
+        input: pixels it wants; None passes inputs as they are.
+        class_names: of its outputs, in order; empty if unknown.
+        call: how to call it, where `module(inputs)` is not enough.
+        source: how to build it again, as in a recipe.
+    """
+
+    module: nn.Module
+    roles: Mapping[str, Tap] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    input: InputSpec | None = None
+    class_names: tuple[str, ...] = ()
+    call: Callable[[nn.Module, Any], Any] | None = None
+    source: Mapping[str, Any] = field(default_factory=dict)
+    constants: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, model: "nn.Module | Model") -> "Model":
+        """Return a bare module as a Model without roles; its taps are named by path."""
+        return model if isinstance(model, Model) else cls(model)
+
+    def __call__(self, inputs: Any) -> Any:
+        if self.input is not None and isinstance(inputs, Tensor) and inputs.ndim == 4:
+            inputs = self.input.prepare(inputs, self.constants)
+        return self.call(self.module, inputs) if self.call else self.module(inputs)
+
+    def resolve(self, tap: Tap) -> Tap:
+        """Return a tap with its role replaced by a place in this model.
+
+        Raises:
+            UserError: if the model has no such role or module; what it has is named.
+        """
+        where = self._counted(tap.where)
+        if where in self.roles:
+            place = self.roles[where]
+            own = {field: getattr(tap, field) for field in ("key", "call") if getattr(tap, field) is not None}
+            return replace(place, **own)
+        if where in dict(self.module.named_modules()):
+            return tap
+        kind = type(self.module).__name__
+        if is_role(tap.where):
+            known = ", ".join(self.roles) or "none (build it with tutelage.models.load or adapt, or name a module path)"
+            raise UserError(f"{kind} has no role {tap.where!r}; its roles: {known}")
+        known_places = [*self.roles, *(path for path, _ in self.module.named_modules() if path)]
+        raise UserError(f"no module or role {tap.where!r} in {kind}{nearest(tap.where, known_places)}")
+
+    def _counted(self, where: str) -> str:
+        """Turn a negative index of a role into a positive one."""
+        name, bracket, rest = where.partition("[-")
+        if not bracket:
+            return where
+        back, _, tail = rest.partition("]")
+        count = sum(1 for role in self.roles if role.startswith(f"{name}[") and role.endswith("]"))
+        return f"{name}[{count - int(back)}]{tail}"
+
+    def lend(self, role: str) -> nn.Module:
+        """Return the module that carries a role, for a frozen copy.
+
+        Raises:
+            UserError: if the model has none.
+        """
+        path = self.modules.get(role, role)
+        try:
+            return self.module.get_submodule(path)
+        except AttributeError:
+            known = ", ".join(self.modules) or "none"
+            raise UserError(f"{type(self.module).__name__} lends no {role!r}; it lends: {known}") from None

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One model read through its taps."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tutelage.core.batch import Batch
+from tutelage.core.model import Model
+from tutelage.core.signals import NONE, Signals
+from tutelage.core.tap import Recorder, Tap
+from tutelage.core.task import Task
+
+
+class Reader:
+    """Calls one model and returns its signals. Hooks are set once, here.
+
+    Args:
+        model: whose forward is read.
+        taps: what to record; `logits` comes from the task and needs no hook.
+        task: how the model is called.
+    """
+
+    def __init__(self, model: Model, taps: Iterable[Tap], task: Task) -> None:
+        self.model, self.task = model, task
+        places = {tap.name: model.resolve(tap) for tap in taps if tap.where != "logits"}
+        self.recorder = Recorder(model.module, places)
+        self.overwritten: tuple[str, ...] = ()
+        self._forward: Callable[[Batch], tuple[Any, dict[str, Any]]] = self._plain
+
+    def _plain(self, batch: Batch) -> tuple[Any, dict[str, Any]]:
+        with self.recorder:
+            output = self.task.call(self.model, batch)
+        taps: dict[str, Any] = self.recorder.release()
+        logits = self.task.logits(output)
+        return output, taps if logits is None else {**taps, "logits": logits}
+
+    def __call__(self, batch: Batch, borrowed: Mapping[str, nn.Module] = NONE) -> Signals:
+        """Return the model's signals for a batch."""
+        return Signals(*self._forward(batch), borrowed)
+
+    def rehearse(self, batch: Batch) -> Signals:
+        """Return the signals of a first forward, in which taps that are overwritten in place are found.
+
+        Those taps are cloned from here on; their names are in `overwritten`.
+        """
+        self.recorder.watch()
+        with self.recorder:
+            self.task.call(self.model, batch)
+        self.overwritten = self.recorder.clone_overwritten()
+        return self(batch)
+
+    def compile(self, **options: Any) -> None:
+        """Compile the forward; the hooks are part of the compiled frame."""
+        import torch
+
+        self._forward = torch.compile(self._plain, **options)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.recorder.close()

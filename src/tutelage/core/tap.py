@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A name for one tensor inside a model, and the hooks that read it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from tutelage.core.error import UserError, nearest
+
+#: The vocabulary of roles. `models/` says where each lies in a model; `classifier` names a module.
+ROLES = (
+    *("stem", "stages", "map", "pooled", "logits", "classifier", "blocks", "tokens", "cls"),
+    *("q", "k", "v", "patch_embed", "fpn", "head.cls", "head.box", "hidden"),
+)
+ROLE = re.compile(rf"({'|'.join(re.escape(role) for role in ROLES)})(\[(-?\d+)\])?(\.pre)?")
+
+Layout = Literal["nchw", "nhwc", "tokens", "cls"]
+
+
+@dataclass(frozen=True)
+class Tap:
+    """One tensor inside a model.
+
+    Args:
+        where: a role (`map`, `stages[-2]`) or a module path (`layer4.1.conv2`).
+        side: the module's `output` or its `input`.
+        key: which element of a tuple, or which keyword or dictionary entry; the first tensor by default.
+        call: which call (0-based), for a module that runs more than once in a forward.
+        layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens.
+        prefix: number of prefix tokens, for the token layouts.
+    """
+
+    where: str
+    side: Literal["output", "input"] = "output"
+    key: int | str | None = None
+    call: int | None = None
+    layout: Layout = "nchw"
+    prefix: int = 0
+
+    @classmethod
+    def parse(cls, value: "str | Mapping[str, Any] | Tap") -> "Tap":
+        """Read a role or path, or a mapping of this class's fields as in a recipe.
+
+        Raises:
+            UserError: on an unknown field.
+        """
+        if isinstance(value, Tap):
+            return value
+        if isinstance(value, str):
+            return cls(value)
+        for word in value:
+            if word not in cls.__dataclass_fields__:
+                raise UserError(f"unknown word {word!r} in a tap{nearest(str(word), cls.__dataclass_fields__)}")
+        if "where" not in value:
+            raise UserError("a tap needs `where`: a role or a module path")
+        return cls(**value)
+
+    @property
+    def name(self) -> str:
+        """How signals call the tensor: the place alone, or with what sets it apart."""
+        side = "" if self.side == "output" else ":input"
+        key = "" if self.key is None else f"[{self.key!r}]"
+        return f"{self.where}{side}{key}" + ("" if self.call is None else f"#{self.call}")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def is_role(where: str) -> bool:
+    """Whether a place is written in the vocabulary of roles."""
+    return ROLE.fullmatch(where) is not None
+
+
+def _first(value: Any, key: int | str | None) -> Any:
+    if key is not None:
+        return value[key]
+    if isinstance(value, Mapping):
+        return next(iter(value.values()), None)
+    if isinstance(value, (tuple, list)):
+        return next((part for part in value if isinstance(part, Tensor)), None)
+    return value
+
+
+def _arrange(tensor: Tensor, tap: Tap) -> Tensor:
+    if tap.layout == "nhwc" and tensor.ndim == 4:
+        return tensor.permute(0, 3, 1, 2)
+    if tap.layout == "tokens" and tap.prefix:
+        return tensor[:, tap.prefix :]
+    if tap.layout == "cls":
+        return tensor[:, 0]
+    return tensor
+
+
+class Recorder:
+    """Forward hooks on one model, registered once, recording only while armed.
+
+    Hooks must be in place before the model is first compiled, and must not fire in the recomputation of a
+    checkpointed block; hence one registration at build and a flag. The names are read inside the forward:
+    under `torch.compile` that guards the frame, so an instance with other hooks than a sibling compiled
+    earlier gets a frame of its own.
+
+    Args:
+        module: the model.
+        taps: resolved taps (module paths) by the name signals call them.
+
+    Raises:
+        UserError: if a path leads to no module; the nearest paths are named.
+    """
+
+    def __init__(self, module: nn.Module, taps: Mapping[str, Tap]) -> None:
+        self.taps = dict(taps)
+        self.planned = tuple(self.taps)
+        self.cloned: frozenset[str] = frozenset()
+        self.taken: dict[str, list[Tensor]] = {}
+        self.versions: dict[str, list[int]] | None = None
+        self.armed = False
+        modules = dict(module.named_modules())
+        self.handles: list[RemovableHandle] = []
+        for name, tap in self.taps.items():
+            if tap.where not in modules:
+                raise UserError(f"no module {tap.where!r} in {type(module).__name__}{nearest(tap.where, modules)}")
+            place = modules[tap.where]
+            if tap.side == "input":
+                hook = place.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
+            else:
+                hook = place.register_forward_hook(partial(self._after, name))
+            self.handles.append(hook)
+
+    def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if self.armed:
+            key = self.taps[name].key
+            self._keep(name, kwargs[key] if isinstance(key, str) else _first(args or kwargs, key))
+
+    def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self.armed:
+            self._keep(name, _first(output, self.taps[name].key))
+
+    def _keep(self, name: str, tensor: Any) -> None:
+        if not isinstance(tensor, Tensor):
+            raise UserError(f"tap {name!r} met {type(tensor).__name__}, not a tensor: say which element with `key`")
+        if self.versions is not None:
+            self.versions.setdefault(name, []).append(tensor._version)
+        self.taken[name].append(tensor.clone() if name in self.cloned else tensor)
+
+    def __enter__(self) -> "Recorder":
+        self.taken = {name: [] for name in self.planned}
+        self.armed = True
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.armed = False
+
+    def release(self) -> dict[str, Tensor]:
+        """Return what the last armed forward recorded, and keep no reference to it.
+
+        Raises:
+            UserError: if a tap did not fire, or fired several times and does not say which call.
+        """
+        taken, self.taken = self.taken, {}
+        found = {}
+        for name in self.planned:
+            tap, seen = self.taps[name], taken[name]
+            if not seen:
+                raise UserError(
+                    f"tap {name!r} ({tap.where}) recorded nothing in this forward: the module did not run, or the "
+                    "model was compiled before the Distiller was built"
+                )
+            if tap.call is None and len(seen) > 1:
+                raise UserError(f"tap {name!r} ({tap.where}) ran {len(seen)} times in a forward: say which with `call`")
+            if tap.call is not None and tap.call >= len(seen):
+                raise UserError(f"tap {name!r} ran {len(seen)} times, there is no call {tap.call}")
+            found[name] = _arrange(seen[tap.call or 0], tap)
+        return found
+
+    def watch(self) -> None:
+        """Note version counters during the next forward: the dry run looks for in-place overwrites."""
+        self.versions = {}
+
+    def clone_overwritten(self) -> tuple[str, ...]:
+        """After a watched forward, clone from now on each tap that a later operation wrote into.
+
+        Returns:
+            The names of those taps.
+        """
+        noted, self.versions = self.versions or {}, None
+        moved = tuple(
+            name
+            for name, tensors in self.taken.items()
+            if any(tensor._version != was for tensor, was in zip(tensors, noted.get(name, []), strict=True))
+        )
+        self.cloned = self.cloned | frozenset(moved)
+        return moved
+
+    def close(self) -> None:
+        """Remove every hook."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+def at(tap: Tap, path: str) -> Tap:
+    """Return the tap with its place replaced by a module path."""
+    return replace(tap, where=path)

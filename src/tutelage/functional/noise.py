@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random numbers that are a function of their key, not of a generator's state."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Constants of the splitmix64 finalizer (Steele, Lea, Flood 2014), as signed 64-bit integers.
+_GAMMA, _FIRST, _SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * _FIRST
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * _SECOND
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def mix(*words: int) -> int:
+    """Return one well-mixed 63-bit integer from several: the key of a random choice.
+
+    Example:
+        >>> mix(0, 1) != mix(1, 0)
+        True
+    """
+    mask = (1 << 64) - 1
+    x = 0
+    for word in words:
+        x = (x + word + 0x9E3779B97F4A7C15) & mask
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        x ^= x >> 31
+    return x >> 1
+
+
+def uniform(key: int, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
+    """Return uniform numbers in [0, 1) that depend on nothing but their key and sample id.
+
+    The draw of a sample is the same in whatever batch, micro-batch or rank the sample is met, on whatever
+    device, and a resumed run needs no generator state.
+
+    Args:
+        key: of the choice: mixed from seed, step and what is drawn.
+        index: `[B]` int64 sample ids.
+        shape: of one sample's draw.
+
+    Returns:
+        `[B, *shape]` float32 on the device of `index`.
+
+    Example:
+        >>> whole = uniform(7, torch.arange(4), (3,))
+        >>> bool((whole[2:] == uniform(7, torch.tensor([2, 3]), (3,))).all())
+        True
+    """
+    place = torch.arange(math.prod(shape), device=index.device)
+    rows = _mix(index.long() * _GAMMA + key)
+    bits = _mix(rows[:, None] + (place + 1) * _GAMMA)
+    # 24 bits make every float32 in [0, 1) exact and 1.0 impossible
+    return ((bits >> 40) & ((1 << 24) - 1)).float().mul(2.0**-24).view(len(index), *shape)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The catalogue of methods, read from this folder: a file's stem is the method's name everywhere."""
+
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from tutelage.core.card import Card, Entry, read
+from tutelage.core.error import UserError, nearest
+
+if TYPE_CHECKING:
+    from tutelage.core.term import Term
+
+
+@cache
+def catalogue() -> dict[str, Entry]:
+    """Return every method found in the folder by stem, without importing any."""
+    entries: dict[str, Entry] = {}
+    for path in sorted(Path(__file__).parent.glob("*/*.py")):
+        entry = None if path.stem.startswith("_") else read(path)
+        if entry is not None:
+            entries[entry.stem] = entry
+    return entries
+
+
+def cards() -> dict[str, Card]:
+    """Return every method's card by stem."""
+    return {stem: entry.card for stem, entry in catalogue().items()}
+
+
+def family(stem: str) -> str:
+    """Return the folder of a method."""
+    return entry(stem).family
+
+
+def entry(stem: str) -> Entry:
+    """Return the catalogue's entry of a method.
+
+    Raises:
+        UserError: if no file has this stem; the nearest name is given.
+    """
+    found = catalogue().get(stem)
+    if found is None:
+        raise UserError(f"unknown method {stem!r}{nearest(stem, catalogue())}")
+    return found
+
+
+def module(name: str) -> ModuleType:
+    """Import the file of a method: a stem of the catalogue."""
+    return import_module(f"tutelage.methods.{family(name)}.{name}")
+
+
+def find(name: str) -> "type[Term]":
+    """Return a method's class by stem, or anyone's own by dotted path `package.module:Class`.
+
+    Raises:
+        UserError: if there is no such method, or the path leads to something else than a Term.
+    """
+    from tutelage.core.term import Term
+
+    if ":" in name:
+        path, _, attribute = name.partition(":")
+        try:
+            home = import_module(path)
+        except ImportError as error:
+            raise UserError(f"method {name!r}: cannot import {path!r} ({error})") from error
+        found: Any = getattr(home, attribute, None)
+        if found is None:
+            raise UserError(f"method {name!r}: {path} has no {attribute!r}{nearest(attribute, vars(home))}")
+    else:
+        home = module(name)
+        classes = [
+            value
+            for value in vars(home).values()
+            if isinstance(value, type) and issubclass(value, Term) and value.__module__ == home.__name__
+        ]
+        if len(classes) != 1:
+            raise UserError(f"{name} holds {len(classes)} terms, expected one")
+        found = classes[0]
+    if not (isinstance(found, type) and issubclass(found, Term)):
+        raise UserError(f"method {name!r} is not a Term")
+    return found
