@@ -4,7 +4,8 @@
 Levels go from deep to shallow, i = 0 the deepest (the pooled vector as a 1x1 map). Fusion (ABF) of level i:
 x = BN(conv1x1(F_i)); from the second level on r = previous x, resized (nearest) to the student size of level
 i, [a_1, a_2] = sigmoid(conv1x1([x, r])), x = a_1 x + a_2 r; then x is resized (nearest) to the teacher size
-when that differs and handed on as the next residual; out_i = BN(conv3x3(x)). Batch norms use batch statistics.
+when that differs and handed on as the next residual; out_i = BN(conv3x3(x)). Batch norms use the batch's
+statistics.
 
 HCL(s, t) = [ mse(s, t) + sum over k in 4, 2, 1 with k < H of w_k mse(AAP_k s, AAP_k t) ] / (1 + sum w_k), the
 weights 1/2, 1/4, 1/8 in order of use. L = sum_i HCL(out_i, t_i), in training times the method weight and
