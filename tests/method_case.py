@@ -158,15 +158,12 @@ class MethodCase:
         return cut, picked
 
 
-def gaussian(seed: int, scale: float = 1.0, **shapes: tuple[int, ...]) -> Tensors:
+def gaussian(seed: int, shapes: Mapping[str, tuple[int, ...]], scale: float = 1.0) -> Tensors:
     """Return normal tensors of these shapes, by name: a function of the seed.
 
     Example:
-        >>> gaussian(0, logits=(6, 5))["logits"].shape
+        >>> gaussian(0, {"logits": (6, 5)})["logits"].shape
         torch.Size([6, 5])
     """
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name.replace("__", "."): scale * torch.randn(shape, generator=generator)
-        for name, shape in shapes.items()
-    }
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
