@@ -20,7 +20,9 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Mapping):
         return {key: _map(part, change) for key, part in value.items()}
     if isinstance(value, Frame):
-        return replace(value, **{part.name: _map(getattr(value, part.name), change) for part in fields(value)})
+        return replace(
+            value, **{part.name: _map(getattr(value, part.name), change) for part in fields(value)}
+        )
     return value
 
 
@@ -96,7 +98,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device; copies do not block the host."""
-        moved = {f.name: _map(getattr(self, f.name), lambda t: t.to(device, non_blocking=True)) for f in fields(self)}
+        moved = {
+            f.name: _map(getattr(self, f.name), lambda t: t.to(device, non_blocking=True))
+            for f in fields(self)
+        }
         return replace(self, **moved)
 
     def seen_as(self, view: str) -> "Batch":

@@ -22,7 +22,9 @@ def bridge(student: Tensor, teacher: Tensor, *, always: bool = False, bias: bool
         UserError: if one is a map and the other is not.
     """
     if student.ndim != teacher.ndim:
-        raise UserError(f"no bridge from {list(student.shape)} to {list(teacher.shape)}: name taps of one kind")
+        raise UserError(
+            f"no bridge from {list(student.shape)} to {list(teacher.shape)}: name taps of one kind"
+        )
     dim = 1 if student.ndim == 4 else -1
     width, goal = student.shape[dim], teacher.shape[dim]
     if width == goal and not always:

@@ -76,7 +76,9 @@ class Distiller(nn.Module):
         self.students = nn.ModuleDict({name: model.module for name, model in self.models.items()})
         self.objective, self.task = objective, task
         self.objective.facts = facts or Facts()
-        given = {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher}
+        given = (
+            {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher}
+        )
         self.teachers: dict[str, Teacher] = {
             name: one if isinstance(one, Teacher) else Live(one) for name, one in given.items()
         }
@@ -105,7 +107,10 @@ class Distiller(nn.Module):
             self.readers[name] = Reader(model, taps[name], self.task)
         with self._untouched():
             self.train()
-            signals = {name: self.teachers[name].plan(taps[name], borrows[name], self.task, sample) for name in self.teachers}
+            signals = {
+                name: self.teachers[name].plan(taps[name], borrows[name], self.task, sample)
+                for name in self.teachers
+            }
             for source in self._sources():
                 name, _, view = source.partition("@")
                 seen = sample.seen_as(view) if view else sample
@@ -143,18 +148,24 @@ class Distiller(nn.Module):
             wanted = entry.term.reads
             student, teacher = entry.student.partition("@")[0], entry.teacher.partition("@")[0]
             if student not in self.models:
-                raise UserError(f"objective.{label}.student: no student {student!r}{nearest(student, self.models)}")
+                raise UserError(
+                    f"objective.{label}.student: no student {student!r}{nearest(student, self.models)}"
+                )
             taps[student] += wanted.student
             if not (wanted.teacher or wanted.borrows):
                 continue
             if teacher not in known:
                 if not self.teachers:
-                    raise UserError(f"objective.{label}: {type(entry.term).__name__} needs a teacher, and none was given")
+                    raise UserError(
+                        f"objective.{label}: {type(entry.term).__name__} needs a teacher, and none was given"
+                    )
                 raise UserError(f"objective.{label}.teacher: no source {teacher!r}{nearest(teacher, known)}")
             taps[teacher] += wanted.teacher
             borrows[teacher] += wanted.borrows
             if wanted.borrows and teacher in self.models:
-                raise UserError(f"objective.{label}: modules are lent by a teacher, not by the student {teacher!r}")
+                raise UserError(
+                    f"objective.{label}: modules are lent by a teacher, not by the student {teacher!r}"
+                )
         return {name: list(dict.fromkeys(found)) for name, found in taps.items()}, borrows
 
     @contextmanager
@@ -162,7 +173,11 @@ class Distiller(nn.Module):
         """Restore buffers, training flags and generators of the students after a rehearsal."""
         modules = [*self.students.modules(), *self.objective.modules()]
         flags = [(module, module.training) for module in modules]
-        buffers = [(buffer, buffer.clone()) for module in (self.students, self.objective) for buffer in module.buffers()]
+        buffers = [
+            (buffer, buffer.clone())
+            for module in (self.students, self.objective)
+            for buffer in module.buffers()
+        ]
         devices = sorted({p.device.index or 0 for p in self.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices):
             try:
@@ -242,7 +257,9 @@ class Distiller(nn.Module):
         observed = {"teacher": signals} if isinstance(signals, Signals) else dict(signals or {})
         missing = [name for name in self.teachers if name not in observed]
         if missing:
-            raise ValueError(f"no signals of teacher {missing[0]!r}: pass what distiller.observe(batch) returns")
+            raise ValueError(
+                f"no signals of teacher {missing[0]!r}: pass what distiller.observe(batch) returns"
+            )
         for source in self._sources():
             name, _, view = source.partition("@")
             if name in self.readers:
@@ -295,8 +312,12 @@ class Distiller(nn.Module):
             return [group for group in groups if group["params"]]
         split = []
         for group in groups:
-            split.append({"weight_decay": weight_decay, **group, "params": [p for p in group["params"] if p.ndim > 1]})
-            split.append({**group, "weight_decay": 0.0, "params": [p for p in group["params"] if p.ndim <= 1]})
+            split.append(
+                {"weight_decay": weight_decay, **group, "params": [p for p in group["params"] if p.ndim > 1]}
+            )
+            split.append(
+                {**group, "weight_decay": 0.0, "params": [p for p in group["params"] if p.ndim <= 1]}
+            )
         return [group for group in split if group["params"]]
 
     def answer(self, batch: Batch) -> Any:

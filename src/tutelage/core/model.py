@@ -105,7 +105,10 @@ class Model:
             return tap
         kind = type(self.module).__name__
         if is_role(tap.where):
-            known = ", ".join(self.roles) or "none (build it with tutelage.models.load or adapt, or name a module path)"
+            known = (
+                ", ".join(self.roles)
+                or "none (build it with tutelage.models.load or adapt, or name a module path)"
+            )
             raise UserError(f"{kind} has no role {tap.where!r}; its roles: {known}")
         known_places = [*self.roles, *(path for path, _ in self.module.named_modules() if path)]
         raise UserError(f"no module or role {tap.where!r} in {kind}{nearest(tap.where, known_places)}")

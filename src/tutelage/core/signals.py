@@ -29,7 +29,9 @@ class Signals:
         try:
             return self.taps[role]
         except KeyError:
-            raise KeyError(f"{role!r} was not recorded; recorded: {', '.join(self.taps) or 'nothing'}") from None
+            raise KeyError(
+                f"{role!r} was not recorded; recorded: {', '.join(self.taps) or 'nothing'}"
+            ) from None
 
     @property
     def logits(self) -> Tensor:

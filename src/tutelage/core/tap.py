@@ -56,7 +56,9 @@ class Tap:
             return cls(value)
         for word in value:
             if word not in cls.__dataclass_fields__:
-                raise UserError(f"unknown word {word!r} in a tap{nearest(str(word), cls.__dataclass_fields__)}")
+                raise UserError(
+                    f"unknown word {word!r} in a tap{nearest(str(word), cls.__dataclass_fields__)}"
+                )
         if "where" not in value:
             raise UserError("a tap needs `where`: a role or a module path")
         return cls(**value)
@@ -124,7 +126,9 @@ class Recorder:
         self.handles: list[RemovableHandle] = []
         for name, tap in self.taps.items():
             if tap.where not in modules:
-                raise UserError(f"no module {tap.where!r} in {type(module).__name__}{nearest(tap.where, modules)}")
+                raise UserError(
+                    f"no module {tap.where!r} in {type(module).__name__}{nearest(tap.where, modules)}"
+                )
             place = modules[tap.where]
             if tap.side == "input":
                 hook = place.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
@@ -143,7 +147,9 @@ class Recorder:
 
     def _keep(self, name: str, tensor: Any) -> None:
         if not isinstance(tensor, Tensor):
-            raise UserError(f"tap {name!r} met {type(tensor).__name__}, not a tensor: say which element with `key`")
+            raise UserError(
+                f"tap {name!r} met {type(tensor).__name__}, not a tensor: say which element with `key`"
+            )
         if self.versions is not None:
             self.versions.setdefault(name, []).append(tensor._version)
         self.taken[name].append(tensor.clone() if name in self.cloned else tensor)
@@ -172,7 +178,9 @@ class Recorder:
                     "model was compiled before the Distiller was built"
                 )
             if tap.call is None and len(seen) > 1:
-                raise UserError(f"tap {name!r} ({tap.where}) ran {len(seen)} times in a forward: say which with `call`")
+                raise UserError(
+                    f"tap {name!r} ({tap.where}) ran {len(seen)} times in a forward: say which with `call`"
+                )
             if tap.call is not None and tap.call >= len(seen):
                 raise UserError(f"tap {name!r} ran {len(seen)} times, there is no call {tap.call}")
             found[name] = _arrange(seen[tap.call or 0], tap)

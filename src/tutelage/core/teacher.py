@@ -81,7 +81,9 @@ class Live(Teacher):
     @torch.no_grad()
     def observe(self, batch: Batch) -> Signals:
         if self.reader is None:
-            raise RuntimeError("a teacher answers once a Distiller was built with it: Distiller(..., teacher=teacher)")
+            raise RuntimeError(
+                "a teacher answers once a Distiller was built with it: Distiller(..., teacher=teacher)"
+            )
         if self.model.module.training != (self.mode == "train"):
             self.settle()
         return self.reader(batch, self.borrowed)
