@@ -94,14 +94,20 @@ class Model:
         """Return a tap with its role replaced by a place in this model.
 
         Raises:
-            UserError: if the model has no such role or module; what it has is named.
+            UserError: if the model has no such role or module; what it has is named. Also if a role is given
+                a side or layout: the model knows these itself.
         """
         where = self._counted(tap.where)
         if where in self.roles:
+            if tap.side != "output" or tap.layout != "nchw" or tap.prefix:
+                raise UserError(
+                    f"tap {tap}: the role {where!r} has its own side and layout; name a module path instead"
+                )
             place = self.roles[where]
             own = {field: getattr(tap, field) for field in ("key", "call") if getattr(tap, field) is not None}
             return replace(place, **own)
-        if where in dict(self.module.named_modules()):
+        paths = [path for path, _ in self.module.named_modules(remove_duplicate=False)]
+        if where in paths:
             return tap
         kind = type(self.module).__name__
         if is_role(tap.where):
@@ -110,7 +116,7 @@ class Model:
                 or "none (build it with tutelage.models.load or adapt, or name a module path)"
             )
             raise UserError(f"{kind} has no role {tap.where!r}; its roles: {known}")
-        known_places = [*self.roles, *(path for path, _ in self.module.named_modules() if path)]
+        known_places = [*self.roles, *filter(None, paths)]
         raise UserError(f"no module or role {tap.where!r} in {kind}{nearest(tap.where, known_places)}")
 
     def _counted(self, where: str) -> str:

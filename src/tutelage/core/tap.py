@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -20,6 +20,7 @@ ROLES = (
 )
 ROLE = re.compile(rf"({'|'.join(re.escape(role) for role in ROLES)})(\[(-?\d+)\])?(\.pre)?")
 
+Side = Literal["output", "input"]
 Layout = Literal["nchw", "nhwc", "tokens", "cls"]
 
 
@@ -34,14 +35,25 @@ class Tap:
         call: which call (0-based), for a module that runs more than once in a forward.
         layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens.
         prefix: number of prefix tokens, for the token layouts.
+
+    Raises:
+        UserError: if `side` or `layout` is none of these words.
     """
 
     where: str
-    side: Literal["output", "input"] = "output"
+    side: Side = "output"
     key: int | str | None = None
     call: int | None = None
     layout: Layout = "nchw"
     prefix: int = 0
+
+    def __post_init__(self) -> None:
+        for word, valid in (("side", get_args(Side)), ("layout", get_args(Layout))):
+            given = getattr(self, word)
+            if given not in valid:
+                raise UserError(
+                    f"tap {self.where!r}: {word} {given!r} is not known{nearest(str(given), valid)}"
+                )
 
     @classmethod
     def parse(cls, value: "str | Mapping[str, Any] | Tap") -> "Tap":
@@ -68,7 +80,9 @@ class Tap:
         """How signals call the tensor: the place alone, or with what sets it apart."""
         side = "" if self.side == "output" else ":input"
         key = "" if self.key is None else f"[{self.key!r}]"
-        return f"{self.where}{side}{key}" + ("" if self.call is None else f"#{self.call}")
+        call = "" if self.call is None else f"#{self.call}"
+        layout = "" if self.layout == "nchw" else f"({self.layout}{self.prefix or ''})"
+        return f"{self.where}{side}{key}{call}{layout}"
 
     def __str__(self) -> str:
         return self.name
@@ -79,14 +93,17 @@ def is_role(where: str) -> bool:
     return ROLE.fullmatch(where) is not None
 
 
-def _first(value: Any, key: int | str | None) -> Any:
-    if key is not None:
-        return value[key]
+def _pick(value: Any, key: int | str | None) -> Any:
+    """Return the element of this key, or the first tensor; None where there is no such element."""
     if isinstance(value, Mapping):
-        return next(iter(value.values()), None)
+        if isinstance(key, str):
+            return value.get(key)
+        value = tuple(value.values())
     if isinstance(value, (tuple, list)):
-        return next((part for part in value if isinstance(part, Tensor)), None)
-    return value
+        if key is None:
+            return next((part for part in value if isinstance(part, Tensor)), None)
+        return value[key] if isinstance(key, int) and -len(value) <= key < len(value) else None
+    return value if key is None else None
 
 
 def _arrange(tensor: Tensor, tap: Tap) -> Tensor:
@@ -122,13 +139,15 @@ class Recorder:
         self.taken: dict[str, list[Tensor]] = {}
         self.versions: dict[str, list[int]] | None = None
         self.armed = False
-        modules = dict(module.named_modules())
+        modules = dict(module.named_modules(remove_duplicate=False))
+        for tap in self.taps.values():
+            if tap.where not in modules:
+                paths = filter(None, modules)
+                raise UserError(
+                    f"no module {tap.where!r} in {type(module).__name__}{nearest(tap.where, paths)}"
+                )
         self.handles: list[RemovableHandle] = []
         for name, tap in self.taps.items():
-            if tap.where not in modules:
-                raise UserError(
-                    f"no module {tap.where!r} in {type(module).__name__}{nearest(tap.where, modules)}"
-                )
             place = modules[tap.where]
             if tap.side == "input":
                 hook = place.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
@@ -139,16 +158,19 @@ class Recorder:
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.armed:
             key = self.taps[name].key
-            self._keep(name, kwargs[key] if isinstance(key, str) else _first(args or kwargs, key))
+            self._keep(name, _pick(kwargs if isinstance(key, str) or not args else args, key))
 
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self.armed:
-            self._keep(name, _first(output, self.taps[name].key))
+            self._keep(name, _pick(output, self.taps[name].key))
 
     def _keep(self, name: str, tensor: Any) -> None:
         if not isinstance(tensor, Tensor):
+            tap = self.taps[name]
+            met = "no tensor" if tensor is None else type(tensor).__name__ + ", not a tensor,"
+            at_key = "" if tap.key is None else f" at key {tap.key!r}"
             raise UserError(
-                f"tap {name!r} met {type(tensor).__name__}, not a tensor: say which element with `key`"
+                f"tap {name!r} met {met}{at_key} at the {tap.side} of {tap.where!r}: say which with `key`"
             )
         if self.versions is not None:
             self.versions.setdefault(name, []).append(tensor._version)
@@ -174,8 +196,8 @@ class Recorder:
             tap, seen = self.taps[name], taken[name]
             if not seen:
                 raise UserError(
-                    f"tap {name!r} ({tap.where}) recorded nothing in this forward: the module did not run, or the "
-                    "model was compiled before the Distiller was built"
+                    f"tap {name!r} ({tap.where}) recorded nothing in this forward: the module did not run, "
+                    "or the model was compiled before the Distiller was built; compile with distiller.compile()"
                 )
             if tap.call is None and len(seen) > 1:
                 raise UserError(
