@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let the student rebuild the teacher's whole map from a randomly masked copy of its own.
 
-The loss runs over all positions, masked or not. The paper masks positions; the authors' classification code masks
-channels. Released docstrings name other default ratios than the released configurations: the latter are used here.
+The loss runs over all positions, masked or not. The paper masks positions; the authors' classification code
+masks channels. Released docstrings name other default ratios than the released configurations: the latter are
+used here.
 """
 
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ CARD = Card(
     paper="arxiv:2205.01529",
     code="github:yzd-v/MGD@2c9da0b",
     code_licence="Apache-2.0",
-    claims="Rebuilding the teacher's features from masked ones lifts students in classification, detection, segmentation.",
+    claims="Rebuilding the teacher's map from a masked one lifts classifiers, detectors and segmenters.",
     reads={"student": ("map",), "teacher": ("map",)},
     labels=("none",),
     averages="samples",
@@ -111,13 +112,21 @@ class MGD(Term):
 
     @property
     def reads(self) -> Reads:
+        """The two maps."""
         return Reads((self.student_tap,), (self.teacher_tap,))
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:
+        """Create the alignment, where widths differ, and the generator.
+
+        Raises:
+            UserError: if a tap is no map, or the maps differ in height or width.
+        """
         assert teacher is not None
         source, goal = student[self.student_tap.name], teacher[self.teacher_tap.name]
         if source.ndim != 4 or goal.ndim != 4:
-            raise UserError(f"mgd rebuilds maps [B, C, H, W], not {list(source.shape)} and {list(goal.shape)}")
+            raise UserError(
+                f"mgd rebuilds maps [B, C, H, W], not {list(source.shape)} and {list(goal.shape)}"
+            )
         check_grid(source, goal, "mgd")
         width = goal.shape[1]
         self.align = bridge(source, goal)
@@ -126,12 +135,14 @@ class MGD(Term):
         )
 
     def draw(self, student: Signals, teacher: Signals | None, batch: Batch, draw: Draw) -> Tensor:
+        """Return the noise that decides what is masked, a function of each sample's id."""
         assert teacher is not None
         _, channels, height, width = teacher[self.teacher_tap.name].shape
         shape = (channels, 1, 1) if self.mask == "channel" else (1, height, width)
         return draw.uniform(batch.index, shape)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch, noise: Tensor) -> Tensor:  # type: ignore[override]
+        """Return the distance between the rebuilt and the teacher's map."""
         aligned = self.align(student[self.student_tap.name])
         kept = keep_mask(noise, self.mask, self.mask_ratio).to(aligned.dtype)
         return mgd(self.generation(aligned * kept), teacher[self.teacher_tap.name])

@@ -2,7 +2,8 @@
 """Match the teacher's class probabilities, softened by a temperature.
 
 Public codes differ in two ways that move the value but not the gradient's direction: some leave the teacher's
-entropy out (a cross-entropy), some divide by the number of classes. The second is not the paper and is not offered.
+entropy out (a cross-entropy), some divide by the number of classes. The second is not the paper and is not
+offered.
 """
 
 from typing import Literal, final
@@ -23,7 +24,7 @@ CARD = Card(
     paper="arxiv:1503.02531",
     code="github:yzd-v/cls_KD@1e5d48f",
     code_licence="Apache-2.0",
-    claims="A small network trained on a large one's softened probabilities beats the same network trained on labels.",
+    claims="A small network trained on a large one's softened probabilities beats one trained on labels.",
     reads={"student": ("logits",), "teacher": ("logits",)},
     labels=("none",),
     averages="samples",
@@ -89,8 +90,11 @@ class KD(Term):
         super().__init__()
         if temperature <= 0:
             raise UserError(f"temperature must be > 0, not {temperature}")
+        if form not in ("kl", "cross_entropy"):
+            raise UserError(f"form {form!r} is not known; valid: cross_entropy, kl")
         self.temperature = temperature
         self.form: Literal["kl", "cross_entropy"] = form
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:  # type: ignore[override]
+        """Return the divergence of the two models' logits."""
         return kd(student.logits, teacher.logits, temperature=self.temperature, form=self.form)
