@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons run in full precision, whatever precision the models run in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -21,16 +21,28 @@ def _widen(value: Any) -> Any:
     return value
 
 
+def _device(values: Iterable[Any]) -> str | None:
+    """Return the device type of the first tensor, also within lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value.device.type
+        found = _device(value) if isinstance(value, (list, tuple)) else None
+        if found is not None:
+            return found
+    return None
+
+
 def full_precision(comparison: Callable[P, R]) -> Callable[P, R]:
     """Run a function with autocast off and half inputs promoted to float32; float64 stays float64."""
 
     @wraps(comparison)
     def wide(*args: P.args, **kwargs: P.kwargs) -> R:
-        device = next((a.device.type for a in args if isinstance(a, Tensor)), "cpu")
-        with torch.autocast(device, enabled=False):
+        device = _device([*args, *kwargs.values()])
+        # the meta device has no autocast of its own
+        with torch.autocast("cpu" if device in (None, "meta") else device, enabled=False):
             return comparison(
-                *(_widen(a) for a in args),  # type: ignore[arg-type]
-                **{name: _widen(a) for name, a in kwargs.items()},  # type: ignore[arg-type]
+                *(_widen(a) for a in args),
+                **{name: _widen(a) for name, a in kwargs.items()},
             )
 
     return wide
