@@ -27,7 +27,7 @@ class Span:
         Raises:
             UserError: if the text is neither.
         """
-        match = re.fullmatch(r"\s*([0-9.]+)\s*(step|epoch)s?\s*", str(text))
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(step|epoch)s?\s*", str(text))
         if match is None:
             raise UserError(f'cannot read {text!r} as a length: write "20 epochs" or "500 steps"')
         return cls(float(match[1]), "steps" if match[2] == "step" else "epochs")
