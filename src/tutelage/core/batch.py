@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core.card import Averages
+from tutelage.core.error import UserError, nearest
 
 NONE: Mapping[str, Any] = MappingProxyType({})
 
@@ -19,11 +21,21 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
         return change(value)
     if isinstance(value, Mapping):
         return {key: _map(part, change) for key, part in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_map(part, change) for part in value)
     if isinstance(value, Frame):
         return replace(
             value, **{part.name: _map(getattr(value, part.name), change) for part in fields(value)}
         )
     return value
+
+
+def _cut(value: Any, span: slice, rows: int) -> Any:
+    """Return the rows of a span of whatever has one row a sample; the rest stays whole."""
+    if isinstance(value, Mapping):
+        return {key: _cut(part, span, rows) for key, part in value.items()}
+    by_row = bool(value.ndim) if isinstance(value, Tensor) else type(value) in (list, tuple)
+    return value[span] if by_row and len(value) == rows else value
 
 
 @dataclass(frozen=True)
@@ -108,10 +120,11 @@ class Batch:
         """Return the batch with a further view in the place of its inputs.
 
         Raises:
-            ValueError: if the data made no such view.
+            UserError: if the data made no such view.
         """
         if view not in self.views:
-            raise ValueError(f"the batch has no view {view!r}; views: {', '.join(self.views) or 'none'}")
+            known = nearest(view, self.views) or "; the data makes none"
+            raise UserError(f"the batch has no view {view!r}{known}")
         return replace(self, inputs=self.views[view])
 
     def count(self, averages: Averages) -> Tensor:
@@ -119,13 +132,15 @@ class Batch:
         if averages == "labelled":
             return self.labelled.sum()
         if averages == "boxes" and self.frame is not None:
-            return torch.tensor(len(self.frame.boxes), device=self.index.device)
+            return torch.full((), len(self.frame.boxes), device=self.index.device)
         if averages == "tokens" and "token_mask" in self.extra:
             return torch.as_tensor(self.extra["token_mask"]).sum()
-        return torch.tensor(len(self), device=self.index.device)
+        return torch.full((), len(self), device=self.index.device)
 
     def split(self, parts: int) -> "list[Batch]":
         """Return the batch cut into consecutive micro-batches of (nearly) equal size.
+
+        Tensors, lists and tuples as long as the batch have one row a sample and are cut.
 
         Raises:
             ValueError: for a dense batch, whose boxes belong to images: split its samples when loading.
@@ -133,17 +148,11 @@ class Batch:
         if self.frame is not None:
             raise ValueError("a batch with a frame cannot be split after collation")
         edges = torch.linspace(0, len(self), parts + 1).round().long().tolist()
-        spans = [slice(a, b) for a, b in zip(edges, edges[1:], strict=False) if b > a]
-        rows = len(self)
-
-        def cut(span: slice) -> Batch:
-            chosen = {
-                f.name: _map(getattr(self, f.name), lambda t: t[span] if t.ndim and len(t) == rows else t)
-                for f in fields(self)
-            }
-            return replace(self, **chosen)
-
-        return [cut(span) for span in spans]
+        spans = [slice(a, b) for a, b in pairwise(edges) if b > a]
+        return [
+            replace(self, **{f.name: _cut(getattr(self, f.name), span, len(self)) for f in fields(self)})
+            for span in spans
+        ]
 
 
 def share_counts(
