@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from tutelage.core.batch import Batch
+from tutelage.core.error import UserError
 from tutelage.core.model import Model
 from tutelage.core.signals import NONE, Signals
 from tutelage.core.tap import Recorder, Tap
@@ -24,7 +25,9 @@ class Reader:
 
     def __init__(self, model: Model, taps: Iterable[Tap], task: Task) -> None:
         self.model, self.task = model, task
-        places = {tap.name: model.resolve(tap) for tap in taps if tap.where != "logits"}
+        wanted = tuple(taps)
+        self.reads_logits = any(tap.where == "logits" for tap in wanted)
+        places = {tap.name: model.resolve(tap) for tap in wanted if tap.where != "logits"}
         self.recorder = Recorder(model.module, places)
         self.overwritten: tuple[str, ...] = ()
         self._forward: Callable[[Batch], tuple[Any, dict[str, Any]]] = self._plain
@@ -44,12 +47,18 @@ class Reader:
         """Return the signals of a first forward, in which taps that are overwritten in place are found.
 
         Those taps are cloned from here on; their names are in `overwritten`.
+
+        Raises:
+            UserError: if logits are to be read and the task has none.
         """
         self.recorder.watch()
         with self.recorder:
             self.task.call(self.model, batch)
-        self.overwritten = self.recorder.clone_overwritten()
-        return self(batch)
+        self.overwritten += self.recorder.clone_overwritten()
+        signals = self(batch)
+        if self.reads_logits and "logits" not in signals.taps:
+            raise UserError(f"a term reads logits, and the task {self.task.name!r} has none")
+        return signals
 
     def compile(self, **options: Any) -> None:
         """Compile the forward; the hooks are part of the compiled frame."""

@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -196,8 +196,8 @@ class Recorder:
             tap, seen = self.taps[name], taken[name]
             if not seen:
                 raise UserError(
-                    f"tap {name!r} ({tap.where}) recorded nothing in this forward: the module did not run, "
-                    "or the model was compiled before the Distiller was built; compile with distiller.compile()"
+                    f"tap {name!r} ({tap.where}) recorded nothing in this forward: the module did not run, or "
+                    "the model was compiled before the Distiller was built; compile with distiller.compile()"
                 )
             if tap.call is None and len(seen) > 1:
                 raise UserError(
@@ -232,8 +232,3 @@ class Recorder:
         for handle in self.handles:
             handle.remove()
         self.handles = []
-
-
-def at(tap: Tap, path: str) -> Tap:
-    """Return the tap with its place replaced by a module path."""
-    return replace(tap, where=path)
