@@ -42,7 +42,10 @@ class Classification:
     name = "classification"
     averages: Averages = "labelled"
     headline = "top1"
-    provides = ("stem", "stages", "map", "pooled", "logits", "classifier", "blocks", "tokens", "cls", "q", "k", "v")
+    provides: tuple[str, ...] = (
+        *("stem", "stages", "map", "pooled", "logits", "classifier"),
+        *("blocks", "tokens", "cls", "q", "k", "v"),
+    )
 
     def __init__(self, num_classes: int, *, label_smoothing: float = 0.0) -> None:
         self.num_classes, self.label_smoothing = num_classes, label_smoothing
