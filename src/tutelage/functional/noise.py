@@ -34,6 +34,16 @@ def mix(*words: int) -> int:
     return x >> 1
 
 
+def keys(key: int, index: Tensor) -> Tensor:
+    """Return one well-mixed 64-bit key for each sample: `[B]` int64, a function of key and sample id.
+
+    Example:
+        >>> bool((keys(7, torch.arange(4))[2:] == keys(7, torch.tensor([2, 3]))).all())
+        True
+    """
+    return _mix(index.long() * _GAMMA + key)
+
+
 def uniform(key: int, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
     """Return uniform numbers in [0, 1) that depend on nothing but their key and sample id.
 
@@ -54,7 +64,7 @@ def uniform(key: int, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
         True
     """
     place = torch.arange(math.prod(shape), device=index.device)
-    rows = _mix(index.long() * _GAMMA + key)
+    rows = keys(key, index)
     bits = _mix(rows[:, None] + (place + 1) * _GAMMA)
     # 24 bits make every float32 in [0, 1) exact and 1.0 impossible
     return ((bits >> 40) & ((1 << 24) - 1)).float().mul(2.0**-24).view(len(index), *shape)
