@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the tensors that methods speak of lie in a model, read from one traced forward."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from tutelage.core.tap import Tap
+from tutelage.models.trace import Call, trace
+
+Side = Literal["output", "input"]
+ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
+    *(nn.Hardswish, nn.Hardtanh, nn.Softplus, nn.Tanh, nn.Sigmoid),
+)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Places of a model.
+
+    Args:
+        taps: tensors by role.
+        modules: paths of modules by role.
+    """
+
+    taps: Mapping[str, Tap] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+
+
+def find(module: nn.Module, *inputs: Any, prefix: int | None = None, **named: Any) -> Roles:
+    """Return the roles of an image classifier, from one forward in evaluation mode without gradient.
+
+    - `classifier`: the last linear layer or 1x1 convolution whose outputs are the logits; `pooled`: its input
+    - `map`: the last map of more than one pixel; `stages[i]`: the last map at each resolution, where a block
+      that changes the resolution belongs to the new one as a whole; `stages[i].pre`: the input of the
+      activation that ends stage i, if one does; `stem`: what the first block takes
+    - `blocks[i]`: tokens after each of a row of modules that keep the shape `[B, L, D]`, prefix tokens left
+      out; `tokens`: the same after the norm that follows; `cls[i]`: the first prefix token of each block;
+      `patch_embed[0]`: what the first block's tokens are made from
+
+    A role that the model has not, or that the trace does not show beyond doubt, is left out.
+
+    Args:
+        module: the model.
+        inputs: what it is called with; for maps, images large enough that the last map has several pixels.
+        prefix: number of class and register tokens, if known; else the count that makes the rest a square.
+        named: keyword inputs.
+    """
+    root, output = trace(module, *inputs, **named)
+    logits = logits_of(output)
+    taps: dict[str, Tap] = {}
+    modules: dict[str, str] = {}
+    head = _classifier(root, logits)
+    before = _calls_before(root, head)
+    image = root.taken
+    if head is not None:
+        modules["classifier"] = head.path
+        if head.taken is not None and head.taken.ndim == 2:
+            taps["pooled"] = Tap(head.path, "input")
+    taps |= _tokens(root, before, prefix)
+    if "tokens" not in taps and image is not None and image.ndim == 4:
+        taps |= _maps(root, image, set(map(id, before)))
+    return Roles(taps, modules)
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """Return the scores in an output: a tensor, a field `logits`, or the first of several."""
+    if isinstance(output, Tensor):
+        return output
+    found = getattr(output, "logits", None)
+    if found is None and isinstance(output, Mapping):
+        found = output.get("logits")
+    if found is None and isinstance(output, (tuple, list)) and output:
+        found = output[0]
+    return found if isinstance(found, Tensor) else None
+
+
+def _classifier(root: Call, logits: Tensor | None) -> Call | None:
+    if logits is None or logits.ndim != 2:
+        return None
+    found = None
+    for call in root.walk():
+        part, given = call.module, call.given
+        if not call.path or given is None or call.inner:
+            continue
+        linear = isinstance(part, nn.Linear) and given.ndim == 2 and given.shape[-1] == logits.shape[1]
+        pointwise = (
+            isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and given.shape[1] == logits.shape[1]
+        )
+        if linear or pointwise:
+            found = call
+    return found
+
+
+def _calls_before(root: Call, head: Call | None) -> list[Call]:
+    """Return the calls that ended before the classifier began."""
+    calls = []
+    for call in root.walk():
+        if call is head:
+            break
+        calls.append(call)
+    return calls
+
+
+# --- maps ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A module that gives a map, and is not looked into further."""
+
+    call: Call
+    channels_last: bool
+    size: tuple[int, int]
+
+
+def _is_map(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.ndim == 4
+
+
+def _maps(root: Call, image: Tensor, before: set[int]) -> dict[str, Tap]:
+    last = _channels_last_calls(root)
+    units = [unit for unit in _chain(root, image, last) if id(unit.call) in before]
+    # an identity adds no name, and a pooling that keeps the size no knowledge
+    units = [unit for unit in units if not _adds_nothing(unit.call)]
+    units = [unit for unit in units if math.prod(unit.size) > 1] or units[-1:]
+    if not units:
+        return {}
+    counts: dict[str, int] = {}
+    for call in root.walk():
+        counts[call.path] = max(counts.get(call.path, 0), call.number + 1)
+
+    def tap(call: Call, side: Side, channels_last: bool) -> Tap:
+        number = call.number if counts[call.path] > 1 else None
+        return Tap(call.path, side, call=number, layout="nhwc" if channels_last else "nchw")
+
+    taps = {"map": tap(units[-1].call, "output", units[-1].channels_last)}
+    sizes = list(dict.fromkeys(unit.size for unit in units))
+    for number, size in enumerate(sizes):
+        end = [unit for unit in units if unit.size == size][-1]
+        taps[f"stages[{number}]"] = tap(end.call, "output", end.channels_last)
+        activation = _ending_activation(end.call)
+        if activation is not None:
+            taps[f"stages[{number}].pre"] = tap(activation, "input", end.channels_last)
+    first = next((unit for unit in units if _is_block(unit.call) and unit.call.taken is not image), None)
+    if first is not None and _is_map(first.call.taken):
+        taps["stem"] = tap(first.call, "input", first.channels_last and id(first.call.taken) in last)
+    return taps
+
+
+def _adds_nothing(call: Call) -> bool:
+    same = call.given is not None and call.taken is not None and call.given.shape == call.taken.shape
+    identity = call.given is call.taken and not any(isinstance(c.module, ACTIVATIONS) for c in call.walk())
+    return identity or (same and "Pool" in type(call.module).__name__)
+
+
+def _is_block(call: Call) -> bool:
+    return any(isinstance(inner.module, (nn.Conv2d, nn.Linear)) for inner in call.walk() if inner is not call)
+
+
+def _channels_last_calls(root: Call) -> set[int]:
+    """Return the ids of maps whose channels are last: what layers over the last dimension take or give."""
+    found: set[int] = set()
+    for call in root.walk():
+        over_last = isinstance(call.module, nn.Linear) or type(call.module) is nn.LayerNorm
+        if over_last:
+            found |= {id(tensor) for tensor in (call.taken, call.given) if _is_map(tensor)}
+    return found
+
+
+def _size(tensor: Tensor, image: Tensor, last: set[int]) -> tuple[tuple[int, int], bool]:
+    """Return height and width of a map, and whether its channels are last."""
+    _, a, b, c = tensor.shape
+    height, width = image.shape[-2:]
+    as_first, as_last = b * width == c * height, a * width == b * height
+    channels_last = id(tensor) in last if as_first == as_last else as_last
+    return ((a, b) if channels_last else (b, c)), channels_last
+
+
+def _chain(call: Call, image: Tensor, last: set[int]) -> list[Unit]:
+    """Return the row of modules through which the map runs.
+
+    A module that keeps the resolution, or changes it once, is one unit; one that changes it several times is
+    looked into, and so is one that takes or gives no map.
+    """
+    if not _is_map(call.given) or not _is_map(call.taken):
+        return [unit for inner in call.inner for unit in _chain(inner, image, last)]
+    assert call.given is not None
+    size, channels_last = _size(call.given, image, last)
+    if len(_resolutions(call, image, last)) > 2:
+        return [unit for inner in call.inner for unit in _chain(inner, image, last)]
+    return [Unit(call, channels_last, size)]
+
+
+def _resolutions(call: Call, image: Tensor, last: set[int]) -> set[tuple[int, int]]:
+    """Return the resolutions a map runs through in a module; side branches below its output do not count."""
+    if not _is_map(call.given) or not _is_map(call.taken):
+        return set()
+    assert call.given is not None
+    assert call.taken is not None
+    begin, end = (_size(tensor, image, last)[0] for tensor in (call.taken, call.given))
+    if begin == end:
+        return {end}
+    inside = {size for inner in call.inner for size in _resolutions(inner, image, last)}
+    return {begin, end} | {size for size in inside if math.prod(end) < math.prod(size) < math.prod(begin)}
+
+
+def _ending_activation(call: Call) -> Call | None:
+    """Return the activation whose output is the module's output."""
+    for inner in (*reversed(call.inner), call):
+        if inner is call or inner.given is call.given:
+            if isinstance(inner.module, ACTIVATIONS):
+                return inner
+            return _ending_activation(inner) if inner is not call else None
+    return None
+
+
+# --- tokens ----------------------------------------------------------------------------------------------
+
+
+def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]:
+    blocks = _blocks(root, calls)
+    if not blocks:
+        return {}
+    shape = blocks[0].given.shape  # type: ignore[union-attr]
+    if prefix is None:
+        prefix = next(
+            (count for count in range(8) if math.isqrt(shape[1] - count) ** 2 == shape[1] - count), 0
+        )
+    taps: dict[str, Tap] = {}
+    for number, block in enumerate(blocks):
+        taps[f"blocks[{number}]"] = Tap(block.path, layout="tokens", prefix=prefix)
+        if prefix:
+            taps[f"cls[{number}]"] = Tap(block.path, layout="cls")
+    after = calls[calls.index(blocks[-1]) + 1 :]
+    norms = [
+        c
+        for c in after
+        if "Norm" in type(c.module).__name__ and c.given is not None and c.given.shape == shape
+    ]
+    taps["tokens"] = Tap((norms or blocks[-1:])[0].path, layout="tokens", prefix=prefix)
+    early = calls[: calls.index(next(blocks[0].walk()))]
+    embeddings = [
+        c for c in early if c.given is not None and c.given.ndim == 3 and c.given.shape[-1] == shape[-1]
+    ]
+    full = [c for c in embeddings if c.given is not None and c.given.shape[1] == shape[1] - prefix]
+    if full:
+        taps["patch_embed[0]"] = Tap(full[0].path, layout="tokens")
+    return taps
+
+
+def _blocks(root: Call, calls: list[Call]) -> list[Call]:
+    """Return the only row of siblings that all give `[B, L, D]` of one shape, or nothing."""
+    rows: dict[str, list[Call]] = {}
+    for call in calls:
+        parent, _, name = call.path.rpartition(".")
+        if (
+            name.isdigit()
+            and call.inner
+            and call.number == 0
+            and call.given is not None
+            and call.given.ndim == 3
+        ):
+            rows.setdefault(parent, []).append(call)
+    outer = {parent: row for parent, row in rows.items() if not any(parent.startswith(f"{o}.") for o in rows)}
+    long = [row for row in outer.values() if len(row) > 1]
+    if len(long) != 1 or len({tuple(call.given.shape) for call in long[0] if call.given is not None}) != 1:
+        return []
+    return long[0]
