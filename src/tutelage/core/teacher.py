@@ -31,6 +31,10 @@ class Teacher(ABC):
     def observe(self, batch: Batch) -> Signals:
         """Return the signals for a batch."""
 
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Return the networks that answer, whose state a dry run must leave as it was."""
+        return ()
+
     def follow(self, student: nn.Module) -> None:
         """Move after an optimizer step, for teachers that follow the student."""
 
@@ -55,6 +59,9 @@ class Live(Teacher):
         self.mode: Mode = mode
         self.reader: Reader | None = None
         self.borrowed: dict[str, nn.Module] = {}
+        self.norms = [
+            m for m in self.model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
+        ]
         for parameter in self.model.module.parameters():
             parameter.requires_grad_(False)
         self.settle()
@@ -62,11 +69,19 @@ class Live(Teacher):
     def settle(self) -> None:
         """Put the network into its mode."""
         self.model.module.train(self.mode == "train")
-        if self.mode == "batch_statistics":
-            for module in self.model.module.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.train()
-                    module.track_running_stats = False
+        still = self.mode == "batch_statistics"
+        for norm in self.norms:
+            norm.train(self.mode != "eval")
+            norm.track_running_stats = norm.running_mean is not None and not still
+
+    def settled(self) -> bool:
+        """Whether the network still is in its mode: someone may have called `train` or `eval` on it."""
+        if self.model.module.training != (self.mode == "train"):
+            return False
+        return self.mode != "batch_statistics" or all(norm.training for norm in self.norms)
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        return (self.model.module,)
 
     def plan(self, taps: Iterable[Tap], borrows: Iterable[str], task: Task, sample: Batch) -> Signals:
         self.close()
@@ -84,7 +99,7 @@ class Live(Teacher):
             raise RuntimeError(
                 "a teacher answers once a Distiller was built with it: Distiller(..., teacher=teacher)"
             )
-        if self.model.module.training != (self.mode == "train"):
+        if not self.settled():
             self.settle()
         return self.reader(batch, self.borrowed)
 

@@ -37,7 +37,8 @@ class Outcome:
 
     Args:
         parts: named 0-d tensors; their sum is the term.
-        kept: detached tensors to remember after the optimizer step, each with a leading sample dimension.
+        kept: detached tensors to remember after the optimizer step, each with a leading sample dimension:
+            the same names at every forward (ranks gather them together), without rows if there is nothing.
     """
 
     parts: Mapping[str, Tensor]
