@@ -59,6 +59,9 @@ class Objective(nn.Module):
         task: weight of the task's own loss.
         labelled_entries: the same, as keywords.
 
+    Raises:
+        UserError: on a label that cannot be used, something that is no term, or one term under two labels.
+
     Example:
         >>> from tutelage.methods.logits.kd import KD
         >>> Objective(task=0.1, kd=0.9 * KD(temperature=4.0)).labels
@@ -78,6 +81,12 @@ class Objective(nn.Module):
         self.terms = nn.ModuleDict()
         for label, given in {**(entries or {}), **labelled_entries}.items():
             entry = Entry(given) if isinstance(given, Term) else given
+            if not isinstance(entry, Entry):
+                raise UserError(f"objective.{label}: expected a term or `weight * term`, not {given!r}")
+            if label == "task" or "." in label or hasattr(self.terms, label):
+                raise UserError(f"objective.{label}: this label is taken or not a plain word; choose another")
+            if any(entry.term is other.term for other in self.entries.values()):
+                raise UserError(f"objective.{label}: the same term stands under another label; make a second")
             self.entries[label] = replace(entry, weight=Schedule.parse(entry.weight))
             self.terms[label] = entry.term
         self.facts = Facts()
@@ -116,7 +125,9 @@ class Objective(nn.Module):
         given = self.terms[label](student, teacher, batch, *(() if draws is None else (draws,)))
         if isinstance(given, Tensor):
             return {label: given}, {}
-        outcome = given if isinstance(given, Outcome) else Outcome(given)
+        outcome = Outcome(given) if isinstance(given, Mapping) else given
+        if not (isinstance(outcome, Outcome) and outcome.parts):
+            raise UserError(f"term {label!r} returned {given!r}; a term returns one number, or parts by name")
         return {f"{label}.{part}": value for part, value in outcome.parts.items()}, outcome.kept
 
     def forward(
