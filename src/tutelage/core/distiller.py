@@ -50,7 +50,8 @@ class Distiller(nn.Module):
         facts: what is known of the run.
 
     Raises:
-        UserError: if a term reads what no source has; sources and roles are named.
+        UserError: if a term reads what no source has (sources and roles are named), if sources cannot be told
+            apart, or if nothing can be trained.
 
     One step:
 
@@ -85,7 +86,12 @@ class Distiller(nn.Module):
         self.step = 0
         self.readers: dict[str, Reader] = {}
         self._lent_to_nobody: list[nn.Parameter] = []
-        self.report = self._build(sample)
+        self._check_sources()
+        try:
+            self.report = self._build(sample)
+        except BaseException:
+            self.close()
+            raise
 
     @property
     def student(self) -> nn.Module:
@@ -98,6 +104,22 @@ class Distiller(nn.Module):
         return self.objective.facts
 
     # --- build -------------------------------------------------------------------------------------------
+
+    def _check_sources(self) -> None:
+        """Refuse names that cannot be told apart, and a teacher that is made of a student's own weights."""
+        for name in (*self.models, *self.teachers):
+            if not name or "@" in name or "." in name:
+                raise UserError(f"source {name!r}: a name has neither '@' nor '.'")
+        for name in self.teachers:
+            if name in self.models:
+                raise UserError(f"source {name!r} is the name of a student and of a teacher; rename one")
+        trained = {parameter for model in self.models.values() for parameter in model.module.parameters()}
+        for name, teacher in self.teachers.items():
+            if any(p in trained for network in teacher.networks() for p in network.parameters()):
+                raise UserError(
+                    f"teacher {name!r} shares weights with a student, and would freeze them: pass a copy, "
+                    "or name the student as the source in the teacher's place"
+                )
 
     def _build(self, sample: Batch) -> Build:
         taps, borrows = self._plan()
@@ -170,13 +192,16 @@ class Distiller(nn.Module):
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
-        """Restore buffers, training flags and generators of the students after a rehearsal."""
+        """Restore buffers and generators, and the students' training flags, after a rehearsal."""
         modules = [*self.students.modules(), *self.objective.modules()]
         flags = [(module, module.training) for module in modules]
+        for teacher in self.teachers.values():
+            modules += [module for network in teacher.networks() for module in network.modules()]
         buffers = [
-            (buffer, buffer.clone())
-            for module in (self.students, self.objective)
-            for buffer in module.buffers()
+            (module, name, buffer, buffer.clone())
+            for module in modules
+            for name, buffer in module._buffers.items()
+            if buffer is not None
         ]
         devices = sorted({p.device.index or 0 for p in self.parameters() if p.device.type == "cuda"})
         with torch.random.fork_rng(devices):
@@ -186,26 +211,28 @@ class Distiller(nn.Module):
                 for module, training in flags:
                     module.training = training
                 with torch.no_grad():
-                    for buffer, before in buffers:
-                        buffer.copy_(before)
+                    for module, name, buffer, before in buffers:
+                        module._buffers[name] = buffer.copy_(before)
 
     def _freeze_unreached(self, sample: Batch, signals: Mapping[str, Signals]) -> tuple[str, ...]:
         """Freeze parameters of the students that no loss reaches: DDP would wait for their gradients."""
         candidates = {name: p for name, p in self.students.named_parameters() if p.requires_grad}
         unreached = set(candidates)
         for training in (True, False):  # a layer may be skipped at random in training mode
-            if not unreached:
+            if not (training or unreached):
                 break
-            with self._untouched():
+            with self._untouched(), torch.enable_grad():
                 self.train(training)
-                observed = {name: found for name, found in signals.items() if name in self.teachers}
+                observed = {n: found for n, found in signals.items() if n.partition("@")[0] in self.teachers}
                 sources = self._read(sample, observed)
                 total = self._reaching(sources, sample)
                 if total is None or not total.requires_grad:
-                    return ()
-                names = sorted(unreached)
-                found = torch.autograd.grad(total, [candidates[name] for name in names], allow_unused=True)
-                unreached = {name for name, grad in zip(names, found, strict=True) if grad is None}
+                    raise UserError(
+                        "nothing learns: no loss with a weight reaches a parameter that is trained"
+                    )
+                if names := sorted(unreached):
+                    found = torch.autograd.grad(total, [candidates[n] for n in names], allow_unused=True)
+                    unreached = {name for name, grad in zip(names, found, strict=True) if grad is None}
         for name in unreached:
             self._lent_to_nobody.append(candidates[name].requires_grad_(False))
         return tuple(sorted(unreached))
@@ -249,13 +276,19 @@ class Distiller(nn.Module):
         Args:
             batch: on the students' device.
             signals: of the one teacher, or of all by name as `observe` returns them; None without a teacher.
+
+        Raises:
+            ValueError: if the signals of a teacher, or of a view of it, are missing.
         """
         sources = self._read(batch, signals)
         return self.objective(sources, tuple(self.models), batch, self.task, self.step)
 
     def _read(self, batch: Batch, signals: Observed) -> dict[str, Signals]:
-        observed = {"teacher": signals} if isinstance(signals, Signals) else dict(signals or {})
-        missing = [name for name in self.teachers if name not in observed]
+        if isinstance(signals, Signals):
+            signals = {next(iter(self.teachers), "teacher"): signals}
+        observed = dict(signals or {})
+        read = [source for source in self._sources() if source.partition("@")[0] in self.teachers]
+        missing = [source for source in (*self.teachers, *read) if source not in observed]
         if missing:
             raise ValueError(
                 f"no signals of teacher {missing[0]!r}: pass what distiller.observe(batch) returns"
@@ -302,7 +335,8 @@ class Distiller(nn.Module):
         """Return what an optimizer is built from: the students' parameters and each term's own groups.
 
         Args:
-            weight_decay: if given, vectors and scalars (norms and biases) form a group without decay.
+            weight_decay: if given, vectors and scalars (norms and biases) form a group without decay; a
+                term's own decay holds for all its parameters.
         """
         trained = [p for p in self.students.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": trained}]
@@ -316,7 +350,7 @@ class Distiller(nn.Module):
                 {"weight_decay": weight_decay, **group, "params": [p for p in group["params"] if p.ndim > 1]}
             )
             split.append(
-                {**group, "weight_decay": 0.0, "params": [p for p in group["params"] if p.ndim <= 1]}
+                {"weight_decay": 0.0, **group, "params": [p for p in group["params"] if p.ndim <= 1]}
             )
         return [group for group in split if group["params"]]
 
