@@ -9,8 +9,8 @@ from tutelage.core.error import UserError
 def bridge(student: Tensor, teacher: Tensor, *, always: bool = False, bias: bool = True) -> nn.Module:
     """Return the linear map of channels from a student tensor to a teacher tensor.
 
-    A 1x1 convolution for maps `[B, C, H, W]`, a linear layer for tokens `[B, L, D]` and vectors `[B, D]`, with
-    PyTorch's default initialisation; the identity where the widths agree already.
+    A 1x1 convolution for maps `[B, C, H, W]`, a linear layer for tokens `[B, L, D]` and vectors `[B, D]`,
+    with PyTorch's default initialisation; the identity where the widths agree already.
 
     Args:
         student: signal of the dry run.

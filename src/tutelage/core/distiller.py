@@ -45,8 +45,9 @@ class Distiller(nn.Module):
         student: a module or `Model`, or several by name.
         objective: the terms and their weights.
         task: what the student is for.
-        teacher: a `Teacher`, a module or `Model` (then `Live`), or several by name; never a child of this module.
-        sample: a small batch for the dry run at build. Weights, buffers and generators are as before after it.
+        teacher: a `Teacher`, a module or `Model` (then `Live`), or several by name; never a child of this
+            module.
+        sample: a small batch for the dry run at build, which leaves weights, buffers and generators alone.
         facts: what is known of the run.
 
     Raises:
@@ -85,7 +86,7 @@ class Distiller(nn.Module):
         }
         self.step = 0
         self.readers: dict[str, Reader] = {}
-        self._lent_to_nobody: list[nn.Parameter] = []
+        self._unreached: list[nn.Parameter] = []
         self._check_sources()
         try:
             self.report = self._build(sample)
@@ -234,7 +235,8 @@ class Distiller(nn.Module):
                     found = torch.autograd.grad(total, [candidates[n] for n in names], allow_unused=True)
                     unreached = {name for name, grad in zip(names, found, strict=True) if grad is None}
         for name in unreached:
-            self._lent_to_nobody.append(candidates[name].requires_grad_(False))
+            candidates[name].requires_grad_(False)
+            self._unreached.append(candidates[name])
         return tuple(sorted(unreached))
 
     def _reaching(self, sources: Mapping[str, Signals], batch: Batch) -> Tensor | None:
@@ -281,7 +283,8 @@ class Distiller(nn.Module):
             ValueError: if the signals of a teacher, or of a view of it, are missing.
         """
         sources = self._read(batch, signals)
-        return self.objective(sources, tuple(self.models), batch, self.task, self.step)
+        losses: Losses = self.objective(sources, tuple(self.models), batch, self.task, self.step)
+        return losses
 
     def _read(self, batch: Batch, signals: Observed) -> dict[str, Signals]:
         if isinstance(signals, Signals):
@@ -340,8 +343,8 @@ class Distiller(nn.Module):
         """
         trained = [p for p in self.students.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": trained}]
-        for term in self.objective.terms.values():
-            groups += term.param_groups()
+        for entry in self.objective.entries.values():
+            groups += entry.term.param_groups()
         if weight_decay is None:
             return [group for group in groups if group["params"]]
         split = []
@@ -359,7 +362,7 @@ class Distiller(nn.Module):
         with torch.no_grad():
             return self.task.call(next(iter(self.models.values())), batch)
 
-    def compile(self, **options: Any) -> None:  # type: ignore[override]
+    def compile(self, **options: Any) -> None:
         """Compile the students' forwards and the terms, each as a frame of its own."""
         for reader in self.readers.values():
             reader.compile(**options)
@@ -380,9 +383,9 @@ class Distiller(nn.Module):
             reader.close()
         for teacher in self.teachers.values():
             teacher.close()
-        for parameter in self._lent_to_nobody:
+        for parameter in self._unreached:
             parameter.requires_grad_(True)
-        self._lent_to_nobody = []
+        self._unreached = []
 
 
 def _explained(error: ValueError, batch: Batch) -> ValueError:

@@ -86,6 +86,7 @@ class Model:
         return model if isinstance(model, Model) else cls(model)
 
     def __call__(self, inputs: Any) -> Any:
+        """Return what the module says to inputs, prepared as it wants them."""
         if self.input is not None and isinstance(inputs, Tensor) and inputs.ndim == 4:
             inputs = self.input.prepare(inputs, self.constants)
         return self.call(self.module, inputs) if self.call else self.module(inputs)

@@ -181,10 +181,10 @@ class Objective(nn.Module):
         self, label: str, step: int, batch: Batch, averages: Averages, like: Tensor
     ) -> float | Tensor:
         """Weight times local count over the mean count of the step."""
-        weight: float | Tensor = self.weight(label, step)
+        weight = self.weight(label, step)
         if averages in batch.mean_count:
             scale = batch.count(averages) / batch.mean_count[averages].clamp(min=1e-12)
-            weight = weight * scale.to(like)
-        elif not (self.task_weight if label == "task" else self.entries[label].weight).constant:
-            weight = torch.full((), weight, device=like.device, dtype=like.dtype)
+            return weight * scale.to(like)
+        if not (self.task_weight if label == "task" else self.entries[label].weight).constant:
+            return torch.full((), weight, device=like.device, dtype=like.dtype)
         return weight

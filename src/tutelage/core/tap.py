@@ -196,8 +196,8 @@ class Recorder:
             tap, seen = self.taps[name], taken[name]
             if not seen:
                 raise UserError(
-                    f"tap {name!r} ({tap.where}) recorded nothing in this forward: the module did not run, or "
-                    "the model was compiled before the Distiller was built; compile with distiller.compile()"
+                    f"tap {name!r} ({tap.where}) recorded nothing: the module did not run, or the "
+                    "model was compiled before the Distiller was built; compile with distiller.compile()"
                 )
             if tap.call is None and len(seen) > 1:
                 raise UserError(

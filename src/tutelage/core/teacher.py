@@ -35,10 +35,10 @@ class Teacher(ABC):
         """Return the networks that answer, whose state a dry run must leave as it was."""
         return ()
 
-    def follow(self, student: nn.Module) -> None:
+    def follow(self, student: nn.Module) -> None:  # noqa: B027, most teachers stand still
         """Move after an optimizer step, for teachers that follow the student."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027, not every teacher holds anything
         """Let go of hooks and files."""
 
 
@@ -81,9 +81,11 @@ class Live(Teacher):
         return self.mode != "batch_statistics" or all(norm.training for norm in self.norms)
 
     def networks(self) -> tuple[nn.Module, ...]:
+        """Return the one network."""
         return (self.model.module,)
 
     def plan(self, taps: Iterable[Tap], borrows: Iterable[str], task: Task, sample: Batch) -> Signals:
+        """Set the hooks, copy the modules to be lent, and return the signals of a first forward."""
         self.close()
         for role in borrows:
             lent = copy.deepcopy(self.model.lend(role)).eval()
@@ -95,6 +97,11 @@ class Live(Teacher):
 
     @torch.no_grad()
     def observe(self, batch: Batch) -> Signals:
+        """Return the network's signals.
+
+        Raises:
+            RuntimeError: if no Distiller was built with this teacher.
+        """
         if self.reader is None:
             raise RuntimeError(
                 "a teacher answers once a Distiller was built with it: Distiller(..., teacher=teacher)"
@@ -104,6 +111,7 @@ class Live(Teacher):
         return self.reader(batch, self.borrowed)
 
     def close(self) -> None:
+        """Remove every hook."""
         if self.reader is not None:
             self.reader.close()
         self.reader = None
