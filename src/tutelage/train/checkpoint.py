@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training state on disk: one safetensors file, written whole or not at all. No pickle is written or read."""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tutelage.core.error import UserError
+
+SLOT = "\u0000tensor"
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file under a temporary name, sync it, then rename it: a reader sees all of it or nothing.
+
+    Raises:
+        UserError: if the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        reason = "the disk is full" if full else str(error)
+        raise UserError(f"could not save {path.name}: {reason}; the previous file is untouched") from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+
+    def write(partial: Path) -> None:
+        partial.write_text(text, encoding="utf-8")
+
+    write_whole(path, write)
+
+
+def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[path] = value.detach().cpu().contiguous().clone()
+        return {SLOT: path}
+    if isinstance(value, Mapping):
+        return {"\u0000map": [[key, _pack(part, f"{path}/{key}", tensors)] for key, part in value.items()]}
+    if isinstance(value, (list, tuple)):
+        return [_pack(part, f"{path}/{n}", tensors) for n, part in enumerate(value)]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(
+        f"{path or 'state'} holds a {type(value).__name__}: only tensors, numbers and texts are saved"
+    )
+
+
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if SLOT in value:
+            return tensors[value[SLOT]]
+        return {key: _unpack(part, tensors) for key, part in value["\u0000map"]}
+    if isinstance(value, list):
+        return [_unpack(part, tensors) for part in value]
+    return value
+
+
+def save(path: Path, state: Mapping[str, Any]) -> None:
+    """Write a nested state of tensors, numbers and texts.
+
+    Raises:
+        UserError: if it cannot be written; the file that was there before is untouched.
+    """
+    tensors: dict[str, Tensor] = {}
+    tree = json.dumps(_pack(state, "", tensors))
+    write_whole(path, lambda partial: save_file(tensors, partial, metadata={"tree": tree}))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the state a file holds.
+
+    Raises:
+        UserError: if the file is no checkpoint, or damaged.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            tree = (file.metadata() or {})["tree"]
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
+    except (SafetensorError, OSError, KeyError) as error:
+        raise UserError(f"{path.name} is not a checkpoint of this program, or damaged ({error})") from error
+    return dict(_unpack(json.loads(tree), tensors))
+
+
+class Shelf:
+    """The checkpoints of a run: newest last, the oldest dropped.
+
+    Args:
+        folder: where they lie.
+        keep: how many to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Return the checkpoints by step, newest last."""
+        return sorted(self.folder.glob("step_*.safetensors"))
+
+    def put(self, step: int, state: Mapping[str, Any]) -> None:
+        """Save a state, then drop the oldest ones."""
+        save(self.folder / f"step_{step:09d}.safetensors", state)
+        for path in self.paths()[: -self.keep]:
+            path.unlink()
+
+    def newest(self) -> dict[str, Any] | None:
+        """Return the newest state, or None."""
+        paths = self.paths()
+        return load(paths[-1]) if paths else None
+
+
+def require_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Refuse a state dict that does not fit.
+
+    Raises:
+        UserError: naming the missing, unexpected and misshapen keys.
+    """
+    missing = [key for key in expected if key not in given]
+    unexpected = [key for key in given if key not in expected]
+    misshapen = [
+        f"{key} {list(given[key].shape)} instead of {list(expected[key].shape)}"
+        for key in expected
+        if key in given and given[key].shape != expected[key].shape
+    ]
+    found = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    said = [
+        f"{len(keys)} {kind} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
+        for kind, keys in found
+        if keys
+    ]
+    if said:
+        raise UserError(f"{what} does not fit: {'; '.join(said)}")
+
+
+def finite(state: Mapping[str, Any]) -> bool:
+    """Whether every floating tensor of a nested state is finite."""
+    for value in state.values():
+        if isinstance(value, Mapping):
+            if not finite(value):
+                return False
+        elif (
+            isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all())
+        ):
+            return False
+    return True

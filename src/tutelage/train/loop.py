@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: accumulation, clipping, averaging of weights, evaluation, logs, and exact resume."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from tutelage.core import Batch, Distiller, Losses, ranks
+from tutelage.core.error import UserError
+from tutelage.functional.noise import mix
+from tutelage.train.average import Average
+from tutelage.train.checkpoint import Shelf, finite, require_fit
+from tutelage.train.log import Log
+from tutelage.train.rate import Rate
+from tutelage.train.runtime import Runtime
+
+DROPOUT = 0x0D  # salt of the generators' seed in a step
+
+
+class Batches(Protocol):
+    """What the loop reads: batches as a function of epoch and position."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches an epoch."""
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from a position on."""
+
+
+class Diverged(UserError):
+    """The run met a value that is not finite."""
+
+
+@dataclass
+class Loop:
+    """Trains a Distiller.
+
+    Every random choice is a function of seed, step and sample; hence the state of a run is its weights, the
+    optimizer's state, the average and the step, and a resumed run ends with the same bits.
+
+    Args:
+        distiller: what is trained.
+        batches: the data.
+        optimizer: built from `distiller.param_groups()`.
+        rate: factor on the learning rates.
+        total_steps: optimizer steps of the run.
+        seed: of dropout and its like.
+        runtime: device and precision.
+        accumulate: micro-batches of an optimizer step.
+        clip: largest gradient norm, or None.
+        average: moving average of the student's weights, or None.
+        log: where metrics go.
+        shelf: where checkpoints go; None saves none.
+        save_every: optimizer steps between checkpoints.
+        log_every: optimizer steps between log lines.
+        evaluate: gives the scores of the student as it is; called every `evaluate_every` steps and at the end.
+        evaluate_every: optimizer steps; 0 evaluates at the end only.
+    """
+
+    distiller: Distiller
+    batches: Batches
+    optimizer: torch.optim.Optimizer
+    rate: Rate
+    total_steps: int
+    seed: int
+    runtime: Runtime
+    log: Log
+    accumulate: int = 1
+    clip: float | None = None
+    average: Average | None = None
+    shelf: Shelf | None = None
+    save_every: int = 0
+    log_every: int = 50
+    evaluate: Callable[[], Mapping[str, float]] | None = None
+    evaluate_every: int = 0
+
+    def run(self) -> dict[str, float]:
+        """Train to the last step, from the newest checkpoint if there is one; return the last scores.
+
+        Raises:
+            Diverged: naming the first step and term that were not finite.
+        """
+        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.broken: dict[str, Tensor] = {}
+        self._resume()
+        call = self.runtime.wrap(self.distiller)
+        self.distiller.train()
+        for batches in self._steps():
+            step = self.distiller.step
+            self._set_rates(step)
+            losses = self._step(call, batches)
+            done = self.distiller.step
+            self.log.show(done)
+            last = done == self.total_steps
+            if done % self.log_every == 0 or last:
+                self._write(losses, step)
+            if self.evaluate_every and done % self.evaluate_every == 0 and not last:
+                self._score()
+            if self.shelf and self.save_every and (done % self.save_every == 0 or last):
+                self._save()
+        return self._score()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps an epoch."""
+        return -(-self.batches.steps_per_epoch // self.accumulate)
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each optimizer step that is left."""
+        while self.distiller.step < self.total_steps:
+            epoch, position = divmod(self.distiller.step, self.steps_per_epoch)
+            group: list[Batch] = []
+            left = self.batches.steps_per_epoch - position * self.accumulate
+            for batch in self.batches.epoch(epoch, start=position * self.accumulate):
+                group.append(batch)
+                left -= 1
+                if len(group) == self.accumulate or left == 0:
+                    yield group
+                    group = []
+                    if self.distiller.step >= self.total_steps:
+                        return
+
+    def _step(self, call: Callable[..., Losses], batches: list[Batch]) -> list[Losses]:
+        """Run one optimizer step."""
+        step, losses = self.distiller.step, []
+        shared = self.distiller.share([batch.to(self.runtime.device) for batch in batches])
+        for number, batch in enumerate(shared):
+            torch.manual_seed(mix(self.seed, step, DROPOUT, number, ranks.rank()))
+            with self.runtime.unsynced(call, number + 1 == len(shared)):
+                with self.runtime.autocast():
+                    signals = self.distiller.observe(batch)
+                    one = call(batch, signals)
+                self.runtime.backward(one.total / len(shared))
+            losses.append(one)
+        norm = self.runtime.step(self.optimizer, self.parameters, self.clip)
+        self._note(losses, norm, step)
+        self.distiller.after_step(*losses)
+        if self.average is not None:
+            self.average.update()
+        return losses
+
+    def _set_rates(self, step: int) -> None:
+        factor = self.rate.at(step)
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = base * factor
+
+    # --- finiteness --------------------------------------------------------------------------------------
+
+    def _note(self, losses: list[Losses], norm: Tensor | None, step: int) -> None:
+        """Remember on the device the first step at which each number was not finite."""
+        found = {f"loss of {name}": value for one in losses for name, value in one.parts.items()}
+        if norm is not None and self.runtime.scaler is None:  # fp16 skips such steps by itself
+            found["gradient norm"] = norm
+        for name, value in found.items():
+            first = self.broken.setdefault(name, torch.full((), -1, device=value.device))
+            self.broken[name] = torch.where((first < 0) & ~value.isfinite(), step, first)
+
+    def _require_finite(self) -> None:
+        firsts = {name: int(value) for name, value in self.broken.items()}
+        bad = [(step, name) for name, step in firsts.items() if step >= 0]
+        if bad:
+            step, name = min(bad)
+            kept = self.shelf.paths() if self.shelf else []
+            resume = f"; the last finite checkpoint is {kept[-1].name}" if kept else ""
+            raise Diverged(
+                f"the {name} was not finite at step {step}: lower the learning rate, clip gradients "
+                f"(train.clip), or lower the term's weight{resume}"
+            )
+
+    # --- records -----------------------------------------------------------------------------------------
+
+    def _write(self, losses: list[Losses], step: int) -> None:
+        self._require_finite()
+        values = {"epoch": (step + 1) / self.steps_per_epoch, "lr": self.optimizer.param_groups[0]["lr"]}
+        values["total"] = float(torch.stack([one.total.detach() for one in losses]).mean())
+        for name in losses[0].parts:
+            values[name] = float(torch.stack([one.parts[name] for one in losses]).mean())
+        if ranks.rank() == 0:
+            self.log.write("train", step + 1, values)
+
+    def _score(self) -> dict[str, float]:
+        if self.evaluate is None:
+            return {}
+        if self.average is not None:
+            with self.average.applied():
+                scores = dict(self.evaluate())
+        else:
+            scores = dict(self.evaluate())
+        self.distiller.train()
+        if ranks.rank() == 0:
+            step = self.distiller.step
+            self.log.write("evaluation", step, {"epoch": step / self.steps_per_epoch, **scores})
+        return scores
+
+    # --- resume ------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Return everything a resumed run needs."""
+        return {
+            "step": self.distiller.step,
+            "distiller": self.distiller.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.base_rates,
+            "average": self.average.weights if self.average else None,
+            "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
+        }
+
+    def _save(self) -> None:
+        self._require_finite()
+        state = self.state()
+        if not finite(state["distiller"]):
+            raise Diverged(f"a weight is not finite at step {self.distiller.step}; the state was not saved")
+        if ranks.rank() == 0 and self.shelf:
+            self.shelf.put(self.distiller.step, state)
+
+    def _resume(self) -> None:
+        state = self.shelf.newest() if self.shelf else None
+        if state is None:
+            return
+        require_fit(state["distiller"], self.distiller.state_dict(), "the checkpoint")
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.base_rates = state["rates"]
+        if self.average is not None and state["average"] is not None:
+            self.average.load(state["average"])
+        if self.runtime.scaler is not None and state["scaler"] is not None:
+            self.runtime.scaler.load_state_dict(state["scaler"])
+        self.log.rewind(self.distiller.step)
