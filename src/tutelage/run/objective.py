@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the objective section of a recipe to terms: a method's constructor is its schema."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from tutelage import methods
+from tutelage.core import Entry, Objective, Term
+from tutelage.core.error import UserError
+from tutelage.run.recipe import explain
+
+BINDING = ("method", "weight", "student", "teacher", "live")
+
+
+def schema(term: type[Term]) -> type[BaseModel]:
+    """Return a validation model made from a constructor's signature: strict about names and types."""
+    hints = get_type_hints(term.__init__)
+    fields: dict[str, Any] = {
+        name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(term).parameters.items()
+    }
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    return create_model(term.__name__, __config__=config, **fields)
+
+
+def term(name: str, options: Mapping[str, Any], where: str) -> Term:
+    """Return a term by method name and options; an option may be a term itself, as `{method: STEM, ...}`.
+
+    Raises:
+        UserError: naming the place and the nearest valid option.
+    """
+    made = {
+        key: term(str(value["method"]), {k: v for k, v in value.items() if k != "method"}, f"{where}.{key}")
+        if isinstance(value, Mapping) and "method" in value
+        else value
+        for key, value in options.items()
+    }
+    try:
+        kind = methods.find(name)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    model = schema(kind)
+    try:
+        checked = model.model_validate(made)
+    except ValidationError as error:
+        said = explain(error, model).replace("unknown key", f"unknown option of {name}")
+        raise UserError(f"{where}.{said}") from error
+    try:
+        return kind(**{key: getattr(checked, key) for key in made})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def build(section: Mapping[str, Any]) -> Objective:
+    """Return the objective of a recipe.
+
+    `task` is a weight; every other label is a weight and options: `kd: {weight: 0.9, temperature: 4}`, where the
+    method is the label unless `method:` names it. A bare number is a weight with the method's defaults.
+
+    Raises:
+        UserError: naming the place and the nearest valid word.
+    """
+    entries: dict[str, Entry] = {}
+    for label, given in section.items():
+        if label == "task":
+            continue
+        block = dict(given) if isinstance(given, Mapping) else {"weight": given}
+        where = f"objective.{label}"
+        binding = {key: block.pop(key) for key in BINDING if key in block}
+        made = term(str(binding.pop("method", label)), block, where)
+        try:
+            entries[label] = Objective({label: Entry(made, **binding)}).entries[label]
+        except UserError as error:
+            raise UserError(f"{where}.weight: {error}") from error
+    try:
+        return Objective(entries, task=section.get("task", 0.0))
+    except UserError as error:
+        raise UserError(f"objective.task: {error}") from error
+
+
+def of_methods(text: str) -> dict[str, Any]:
+    """Return the objective section of methods joined with `+`: each keeps its own weight, the task the smallest.
+
+    Example:
+        >>> of_methods("kd")
+        {'task': 0.1, 'kd': {'weight': 0.9}}
+    """
+    joined: dict[str, Any] = {}
+    task_weights = []
+    for stem in filter(None, (part.strip() for part in text.split("+"))):
+        section = dict(methods.entry(stem).objective)
+        task_weights.append(section.pop("task", 1.0))
+        joined.update(section)
+    if not joined:
+        return {"task": 1.0}
+    numbers = [w for w in task_weights if isinstance(w, (int, float))]
+    return {"task": min(numbers) if len(numbers) == len(task_weights) else task_weights[0], **joined}

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quick flags of `tutelage distill` and `train`: they only build a recipe."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tutelage import methods
+from tutelage.core.error import UserError
+from tutelage.run.objective import of_methods
+from tutelage.run.recipe import Recipe, parse
+
+#: What a run uses when nothing else is said; everything is written into the run's recipe.
+DEFAULTS: dict[str, Any] = {
+    "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05},
+    "train": {"epochs": 30, "decay": "cosine", "warmup": "1 epochs", "clip": 5.0},
+}
+
+
+def recipe(
+    *,
+    student: str | None,
+    data: str | None,
+    teacher: str | None = None,
+    method: str | None = None,
+    sets: Sequence[str] = (),
+) -> Recipe:
+    """Return the recipe that a few flags stand for.
+
+    Raises:
+        UserError: naming the flag that is missing or does not fit the others.
+    """
+    if student is None or data is None:
+        raise UserError("give a recipe, or --student and --data (and --teacher): see tutelage distill --help")
+    chosen = method or ("kd" if teacher else None)
+    stems = [stem.strip() for stem in (chosen or "").split("+") if stem.strip()]
+    thirsty = [stem for stem in stems if methods.entry(stem).card.needs_teacher]
+    if thirsty and teacher is None:
+        raise UserError(f"--method {'+'.join(thirsty)} needs a --teacher")
+    if teacher is not None and not thirsty:
+        raise UserError(
+            f"--method {chosen} reads no teacher; leave --teacher out, or add a method that reads one"
+        )
+    given = {
+        "student": student,
+        "data": data,
+        "objective": of_methods(chosen or ""),
+        **({"teacher": teacher} if teacher else {}),
+        **DEFAULTS,
+    }
+    return parse(given, sets, where="command line")
+
+
+def overrides(*, student: str | None, data: str | None, teacher: str | None, method: str | None) -> list[str]:
+    """Return the flags as changes to a recipe that was given too."""
+    if method is not None:
+        raise UserError(
+            "--method belongs to the quick form; a recipe has its objective: change it with --set"
+        )
+    places = {"student.model": student, "data.source": data, "teacher.model": teacher}
+    return [f"{place}={value}" for place, value in places.items() if value is not None]

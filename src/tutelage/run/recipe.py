@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything one run needs, as data: read from YAML, validated against the code, saved resolved."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tutelage.core.error import UserError, nearest
+
+SHIPPED = Path(__file__).parent.parent / "recipes"
+
+
+class Section(BaseModel):
+    """A part of a recipe: an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Open(BaseModel):
+    """A part of a recipe whose further keys are options of what it names, checked by its constructor."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further keys."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+class Paper(Section):
+    """What the recipe reproduces."""
+
+    reference: str = ""
+    table: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class TaskSection(Open):
+    """The problem: `task: classification`, or with options of its constructor."""
+
+    name: str = "classification"
+
+
+class StudentSection(Open):
+    """The model that learns; further keys are options of its constructor."""
+
+    model: str
+    weights: str | None = None
+
+
+class FitSection(Section):
+    """How the teacher is fitted to the data first: what differs from the recipe itself."""
+
+    data: dict[str, Any] = Field(default_factory=dict)
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+
+
+class TeacherSection(StudentSection):
+    """The model that knows."""
+
+    mode: Literal["eval", "batch_statistics", "train"] = "eval"
+    fit: FitSection | None = None
+
+
+class DataSection(Section):
+    """The samples. `source` is `digits`, a folder, or `kind:place` (see `tutelage.data.load`)."""
+
+    source: str
+    labels: int | float | None = None
+    label_seed: int = 0
+    unlabelled: str | None = None
+    validation_share: float = 0.1
+    batch_size: int = Field(64, ge=1)
+    labelled_per_batch: int | None = Field(None, ge=1)
+    workers: int = Field(0, ge=0)
+    augment: str | list[Any] | dict[str, Any] | None = None
+    image_size: int | tuple[int, int] | None = None
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    repeats: int = Field(1, ge=1)
+    on_error: Literal["raise", "skip"] = "raise"
+
+
+class OptimizerSection(Open):
+    """The optimizer; further keys are options of its constructor."""
+
+    name: str = "sgd"
+    lr: float = Field(0.1, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    decay_norms: bool = False
+
+
+class TrainSection(Section):
+    """The loop."""
+
+    epochs: float | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0)
+    decay: Literal["constant", "cosine", "linear", "multistep", "exponential"] = "cosine"
+    milestones: tuple[float, ...] = ()
+    gamma: float = 0.1
+    end: float = 0.0
+    warmup: str | None = None
+    accumulate: int = Field(1, ge=1)
+    clip: float | None = Field(None, gt=0)
+    precision: Literal["float32", "bf16", "fp16"] = "float32"
+    ema: float | None = Field(None, ge=0, lt=1)
+    compile: bool = False
+    device: str | None = None
+    seed: int = 0
+    log_every: int = Field(50, ge=1)
+    evaluate_every: str | None = None
+    save_every: str | None = "1 epochs"
+
+    @model_validator(mode="after")
+    def _length(self) -> "TrainSection":
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give the length once: epochs or steps")
+        return self
+
+
+class CompareSection(Section):
+    """Arms compared over paired seeds."""
+
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    arms: dict[str, dict[str, Any]]
+
+
+class Recipe(Section):
+    """One run."""
+
+    paper: Paper | None = None
+    task: TaskSection = TaskSection()
+    teacher: TeacherSection | None = None
+    student: StudentSection
+    data: DataSection
+    objective: dict[str, Any] = Field(default_factory=lambda: {"task": 1.0})
+    optimizer: OptimizerSection = OptimizerSection()
+    train: TrainSection
+    compare: CompareSection | None = None
+    expected: dict[str, dict[str, float | int | str | None]] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        """Accept `task: NAME`, `teacher: MODEL` and `student: MODEL`."""
+        if isinstance(given, Mapping):
+            words = {"task": "name", "teacher": "model", "student": "model", "data": "source"}
+            given = {k: {words[k]: v} if k in words and isinstance(v, str) else v for k, v in given.items()}
+        return given
+
+    def plain(self) -> dict[str, Any]:
+        """Return the recipe as plain data, every default written out."""
+        return {key: value for key, value in self.model_dump(mode="json").items() if value not in (None, {})}
+
+    def text(self) -> str:
+        """Return the recipe as YAML."""
+        return yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True, width=100)
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number and a key written twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key!r} is written twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)|\.\d+([eE][-+]?\d+)?|\d[\d_]*\.[\d_]*)$"),
+    list("-+0123456789."),
+)
+
+
+def read_yaml(text: str, where: str) -> dict[str, Any]:
+    """Return a mapping from YAML text.
+
+    Raises:
+        UserError: naming the file, line and column of the fault.
+    """
+    try:
+        found = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise UserError(f"{where}{place}: {getattr(error, 'problem', None) or 'not YAML'}") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: a recipe is a mapping of sections")
+    return found
+
+
+def shipped() -> dict[str, Path]:
+    """Return the recipes that come with the package, by `folder/name` or `name`."""
+    return {p.relative_to(SHIPPED).with_suffix("").as_posix(): p for p in sorted(SHIPPED.rglob("*.yaml"))}
+
+
+def locate(name: str) -> Path:
+    """Return the file of a recipe: a path, or the name of a shipped one.
+
+    Raises:
+        UserError: naming the nearest recipe.
+    """
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml") and path.exists():
+        return path
+    names = shipped()
+    matches = [p for key, p in names.items() if name in (key, p.stem)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise UserError(
+            f"recipe {name!r} is ambiguous: {', '.join(k for k, p in names.items() if p in matches)}"
+        )
+    raise UserError(f"no recipe {name!r}{nearest(name, names)}")
+
+
+def load(name: str, sets: Sequence[str] = ()) -> Recipe:
+    """Return a recipe by path or name, with values changed by `section.key=value`.
+
+    Raises:
+        UserError: naming the place in the recipe and the nearest valid word.
+    """
+    path = locate(name)
+    return parse(_based(path), sets, where=path.name)
+
+
+def _based(path: Path) -> dict[str, Any]:
+    """Return a recipe's mapping laid over that of its `base`, one level deep."""
+    found = read_yaml(path.read_text(encoding="utf-8"), path.name)
+    if "base" not in found:
+        return found
+    base_path = path.parent / f"{found.pop('base')}.yaml"
+    if not base_path.exists():
+        base_path = locate(base_path.stem)
+    base = read_yaml(base_path.read_text(encoding="utf-8"), base_path.name)
+    if "base" in base:
+        raise UserError(f"{path.name}: base {base_path.stem!r} has a base itself; one level only")
+    both = (key for key in found if isinstance(found[key], dict) and isinstance(base.get(key), dict))
+    return {**base, **found, **{key: {**base[key], **found[key]} for key in both}}
+
+
+def parse(given: Mapping[str, Any], sets: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
+    """Return a validated recipe from a mapping.
+
+    Raises:
+        UserError: naming the place and the nearest valid word.
+    """
+    changed = dict(given)
+    for change in sets:
+        _set(changed, change)
+    try:
+        recipe = Recipe.model_validate(changed)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, Recipe)}") from error
+    return recipe
+
+
+def _set(recipe: dict[str, Any], change: str) -> None:
+    """Carry out one `--set a.b=value`."""
+    path, equals, value = change.partition("=")
+    if not equals or not path:
+        raise UserError(f"--set takes section.key=value, not {change!r}")
+    *parents, last = path.split(".")
+    place = recipe
+    for word in parents:
+        below = place.get(word)
+        if isinstance(below, (str, int, float)):  # the short form of a section, or a bare weight
+            below = {
+                "model" if word in ("teacher", "student") else "name" if word == "task" else "weight": below
+            }
+        place[word] = dict(below or {})
+        place = place[word]
+    place[last] = yaml.load(value, _Loader)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Return the faults of a validation as one line, each with its place and the nearest valid word."""
+    faults = []
+    for fault in error.errors():
+        place = ".".join(str(word) for word in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            home = _model_at(model, fault["loc"][:-1])
+            faults.append(
+                f"{place}: unknown key{nearest(str(fault['loc'][-1]), home.model_fields if home else ())}"
+            )
+        elif fault["type"] == "missing":
+            faults.append(f"{place}: missing")
+        else:
+            said = fault["msg"].removeprefix("Value error, ")
+            faults.append(f"{place + ': ' if place else ''}{said[0].lower()}{said[1:]}")
+    return "; ".join(faults)
+
+
+def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel] | None:
+    """Return the section that a place in a recipe belongs to."""
+    for word in place:
+        found = model.model_fields.get(str(word))
+        if found is None:
+            return None
+        kinds = [found.annotation, *getattr(found.annotation, "__args__", ())]
+        below = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        if not below:
+            return None
+        model = below[0]
+    return model
