@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How every verb speaks: tables for people, one JSON document for programs."""
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Sets = Annotated[
+    list[str],
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe, e.g. optimizer.lr=0.05."),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no remarks.")]
+
+
+def document(value: Any) -> None:
+    """Print a JSON document."""
+    print(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+def remark(text: str) -> None:
+    """Tell the user something beside the result."""
+    print(text, file=sys.stderr)
+
+
+def scores_text(scores: Any) -> str:
+    """Return scores as lines."""
+    return "\n".join(f"{name:12}{value:.4f}" for name, value in scores.items())
+
+
+def finished(result: Any, as_json: bool) -> None:
+    """Print what a run ended with."""
+    measures = result.measures.plain()
+    if as_json:
+        document({"scores": dict(result.scores), "measures": measures, "folder": str(result.folder.path)})
+        return
+    print(scores_text(result.scores))
+    print(f"\n{result.folder.path}/student.safetensors, report.html")
+
+
+def compared_text(compared: Any) -> None:
+    """Print the tables and the verdict of a comparison."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in compared.tables:
+        console.print(table.rich())
+    verdict = compared.comparison.verdict
+    for line in (verdict.sentence, *verdict.details):
+        console.print(line, highlight=False)
+    console.print(f"\n{compared.folder}/report.html", highlight=False)

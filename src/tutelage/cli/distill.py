@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tutelage distill`: train a student from a teacher."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tutelage.cli._show import Json, Quiet, Sets, finished, remark
+
+Student = Annotated[str | None, typer.Option(help="The model that learns, e.g. timm:resnet18.")]
+Data = Annotated[str | None, typer.Option(help="Where the samples are: a folder, digits, cifar100:PATH, ...")]
+Out = Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")]
+Named = Annotated[str | None, typer.Argument(help="A recipe: a YAML file or the name of a shipped one.")]
+
+
+def distill(
+    recipe: Named = None,
+    teacher: Annotated[str | None, typer.Option(help="The model that knows, e.g. timm:resnet34.")] = None,
+    student: Student = None,
+    data: Data = None,
+    method: Annotated[str | None, typer.Option(help="Methods joined with +, e.g. kd+mgd.")] = None,
+    out: Out = None,
+    sets: Sets = [],  # noqa: B006  (typer reads the default)
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Train a student from a teacher; the same command resumes a run that was stopped."""
+    from tutelage.run import quick
+    from tutelage.run.recipe import load
+
+    if recipe:
+        flags = quick.overrides(student=student, data=data, teacher=teacher, method=method)
+        chosen, name = load(recipe, [*flags, *sets]), Path(recipe).stem
+    else:
+        chosen = quick.recipe(student=student, data=data, teacher=teacher, method=method, sets=sets)
+        name = f"{method or 'kd'}-{chosen.student.model.rpartition(':')[2]}"
+    from tutelage.run.distill import distill as run
+
+    result = run(chosen, out or Path("runs", name), quiet=quiet, say=(lambda text: None) if quiet else remark)
+    finished(result, as_json)
