@@ -57,8 +57,8 @@ def term(name: str, options: Mapping[str, Any], where: str) -> Term:
 def build(section: Mapping[str, Any]) -> Objective:
     """Return the objective of a recipe.
 
-    `task` is a weight; every other label is a weight and options: `kd: {weight: 0.9, temperature: 4}`, where the
-    method is the label unless `method:` names it. A bare number is a weight with the method's defaults.
+    `task` is a weight; every other label is a weight and options, `kd: {weight: 0.9, temperature: 4}`, where
+    the method is the label unless `method:` names it. A bare number is a weight with the method's defaults.
 
     Raises:
         UserError: naming the place and the nearest valid word.
@@ -82,7 +82,7 @@ def build(section: Mapping[str, Any]) -> Objective:
 
 
 def of_methods(text: str) -> dict[str, Any]:
-    """Return the objective section of methods joined with `+`: each keeps its own weight, the task the smallest.
+    """Return the objective of methods joined with `+`: each keeps its own weight, the task the smallest.
 
     Example:
         >>> of_methods("kd")

@@ -139,7 +139,7 @@ class Recipe(Section):
     student: StudentSection
     data: DataSection
     objective: dict[str, Any] = Field(default_factory=lambda: {"task": 1.0})
-    optimizer: OptimizerSection = OptimizerSection()
+    optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection.model_validate({}))
     train: TrainSection
     compare: CompareSection | None = None
     expected: dict[str, dict[str, float | int | str | None]] = Field(default_factory=dict)

@@ -90,7 +90,7 @@ def load(path: Path) -> dict[str, Any]:
         UserError: if the file is no checkpoint, or damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as file:
             tree = (file.metadata() or {})["tree"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     except (SafetensorError, OSError, KeyError) as error:

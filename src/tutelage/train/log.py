@@ -65,4 +65,4 @@ class Log:
 
     def show(self, step: int, said: str = "") -> None:
         """Move the bar."""
-        self.progress.update(self.bar, completed=step, **({"said": said} if said else {}))
+        self.progress.update(self.bar, completed=step, said=said)

@@ -31,7 +31,7 @@ class Batches(Protocol):
         """Yield the batches of an epoch from a position on."""
 
 
-class Diverged(UserError):
+class DivergedError(UserError):
     """The run met a value that is not finite."""
 
 
@@ -57,7 +57,7 @@ class Loop:
         shelf: where checkpoints go; None saves none.
         save_every: optimizer steps between checkpoints.
         log_every: optimizer steps between log lines.
-        evaluate: gives the scores of the student as it is; called every `evaluate_every` steps and at the end.
+        evaluate: gives the student's scores; called every `evaluate_every` steps and at the end.
         evaluate_every: optimizer steps; 0 evaluates at the end only.
     """
 
@@ -82,7 +82,7 @@ class Loop:
         """Train to the last step, from the newest checkpoint if there is one; return the last scores.
 
         Raises:
-            Diverged: naming the first step and term that were not finite.
+            DivergedError: naming the first step and term that were not finite.
         """
         self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -167,7 +167,7 @@ class Loop:
             step, name = min(bad)
             kept = self.shelf.paths() if self.shelf else []
             resume = f"; the last finite checkpoint is {kept[-1].name}" if kept else ""
-            raise Diverged(
+            raise DivergedError(
                 f"the {name} was not finite at step {step}: lower the learning rate, clip gradients "
                 f"(train.clip), or lower the term's weight{resume}"
             )
@@ -214,7 +214,9 @@ class Loop:
         self._require_finite()
         state = self.state()
         if not finite(state["distiller"]):
-            raise Diverged(f"a weight is not finite at step {self.distiller.step}; the state was not saved")
+            raise DivergedError(
+                f"a weight is not finite at step {self.distiller.step}; the state was not saved"
+            )
         if ranks.rank() == 0 and self.shelf:
             self.shelf.put(self.distiller.step, state)
 

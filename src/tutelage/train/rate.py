@@ -17,8 +17,8 @@ class Rate:
     """Linear warm-up, then a decay over the rest of the run.
 
     Args:
-        decay: `constant`, `cosine` or `linear` from 1 to `end`, `multistep` (times `gamma` at each milestone),
-            or `exponential` (times `gamma` an epoch).
+        decay: `constant`, `cosine` or `linear` from 1 to `end`, `multistep` (times `gamma` at each
+            milestone), or `exponential` (times `gamma` an epoch).
         warmup: optimizer steps of the warm-up from `warmup_start`.
         warmup_start: first factor.
         end: last factor of cosine and linear.

@@ -76,7 +76,7 @@ class Runtime:
 
     def backward(self, loss: Tensor) -> None:
         """Run backward, scaled in fp16."""
-        (self.scaler.scale(loss) if self.scaler else loss).backward()  # type: ignore[no-untyped-call]
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
 
     def step(
         self, optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], clip: float | None

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages of a run and of a comparison, from what lies in their folders."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from tutelage import methods
+from tutelage.core.card import Card
+from tutelage.report.dry_run import DryRun
+from tutelage.report.environment import environment
+from tutelage.report.measure import Measures
+from tutelage.report.measure import table as cost_table
+from tutelage.report.metric import Metric
+from tutelage.report.page import Page, write
+from tutelage.report.plot import Dot, curves, differences, loss_parts, scores, styles, trade
+from tutelage.report.records import curve, parts, read_metrics
+from tutelage.report.table import Table
+from tutelage.report.verdict import Verdict
+from tutelage.run.folder import RunFolder
+from tutelage.run.recipe import Recipe
+
+if TYPE_CHECKING:
+    from tutelage.run.compare import Compared
+
+LOADING = """from tutelage.models.load import load
+
+student = load("run:{folder}")  # a Model; student.module is the plain torch.nn.Module, in eval mode
+logits = student(pixels)        # [B, C, H, W] in [0, 1]; normalised and resized by the student itself
+"""
+
+
+def cards_of(objective: Mapping[str, Any]) -> tuple[Card, ...]:
+    """Return the cards of the methods an objective names, each once; a method of one's own has none."""
+    found = methods.cards()
+    stems = (
+        str(b.get("method", label)) if isinstance(b, Mapping) else label for label, b in objective.items()
+    )
+    return tuple(found[stem] for stem in dict.fromkeys(stems) if stem in found)
+
+
+def lead(recipe: Recipe) -> str:
+    """Return what a run is about in a line."""
+    teacher = f"{recipe.teacher.model} teaches " if recipe.teacher else ""
+    labels = f", {recipe.data.labels} labels" if recipe.data.labels is not None else ""
+    return f"{teacher}{recipe.student.model} on {recipe.data.source}{labels}"
+
+
+def run_page(
+    folder: RunFolder,
+    recipe: Recipe,
+    metric: Metric,
+    found: Mapping[str, float],
+    measures: Measures,
+    dry_run: DryRun,
+) -> None:
+    """Write the page of one run."""
+    records = read_metrics(folder.metrics) if folder.metrics.exists() else []
+    rows = [(Metric.of(key).label, Metric.of(key).show(value)) for key, value in found.items()]
+    plots = [curves({"student": [curve(records, "evaluation", metric.key, "epoch")]}, metric)]
+    if parts(records):
+        plots.append(loss_parts({label: curve(records, "train", label) for label in parts(records)}))
+    page = Page(
+        title=f"{folder.path.name}",
+        lead=lead(recipe),
+        verdict=Verdict.of_run(metric, found[metric.key]) if metric.key in found else None,
+        tables=(
+            Table(("score", "student"), rows, title="Scores after the last step"),
+            cost_table({"student": measures}),
+        ),
+        plots=tuple(plots),
+        dry_runs={"student": dry_run},
+        recipe=recipe.text(),
+        environment=environment(),
+        cards=cards_of(recipe.objective),
+        loading=LOADING.format(folder=folder.path.name),
+    )
+    write(page, folder.report)
+
+
+def comparison_page(compared: "Compared", recipe: Recipe) -> None:
+    """Write the page of a comparison."""
+    found, metric = compared.comparison, compared.comparison.metric
+    looks = styles([*found.scores], found.baseline)
+    records = {
+        arm: [read_metrics(folder / "metrics.jsonl") for folder in runs.values()]
+        for arm, runs in compared.runs.items()
+    }
+    dots = {
+        arm: Dot(measures.macs, summary.mean or 0.0, summary.deviation)
+        for arm, summary, measures in (
+            (arm, found.summaries[arm], compared.measures[arm]) for arm in found.scores
+        )
+    }
+    if found.teacher is not None:
+        dots = {"teacher": Dot(compared.measures["teacher"].macs, found.teacher), **dots}
+        looks = {**styles(["teacher", *found.scores], found.baseline), **looks}
+    last = next(reversed(records))
+    page = Page(
+        title=compared.title,
+        lead=lead(recipe),
+        verdict=found.verdict,
+        tables=compared.tables,
+        plots=(
+            curves(
+                {
+                    arm: [curve(one, "evaluation", metric.key, "epoch") for one in runs]
+                    for arm, runs in records.items()
+                },
+                metric,
+                looks=looks,
+            ),
+            scores(
+                {arm: [*values.values()] for arm, values in found.scores.items()},
+                metric,
+                looks=looks,
+                teacher=found.teacher,
+            ),
+            differences(found.pairs, metric, found.baseline, looks=looks),
+            trade(dots, metric, cost="MACs", looks=looks),
+            loss_parts(
+                {label: curve(records[last][0], "train", label) for label in parts(records[last][0])},
+                title=f"Parts of the loss: {last}, seed {recipe.compare.seeds[0] if recipe.compare else 0}",
+            ),
+        ),
+        dry_runs={arm: DryRun.of_plain(runs) for arm, runs in _dry_runs(compared).items()},
+        recipe=recipe.text(),
+        environment=environment(),
+        cards=cards_of(
+            {k: v for arm in (recipe.compare.arms if recipe.compare else {}).values() for k, v in arm.items()}
+        ),
+        loading=LOADING.format(
+            folder=f"{compared.folder.name}/{next(iter(compared.runs[last].values())).name}"
+        ),
+    )
+    write(page, compared.folder / "report.html")
+
+
+def _dry_runs(compared: "Compared") -> dict[str, Any]:
+    found = {arm: RunFolder(next(iter(runs.values()))).result() for arm, runs in compared.runs.items()}
+    return {arm: result["dry_run"] for arm, result in found.items() if result and "dry_run" in result}
