@@ -98,10 +98,10 @@ class MethodCase:
     def built(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Term:
         """Return a term built from the case's tensors; its own layers are drawn from the seed."""
         student, teacher = self.tensors(seed)
-        term = self.term()
+        term, sides = self.term(), (self.signals(student).detach(), self.teach(teacher))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            term.build(self.signals(student).detach(), self.teach(teacher), self.facts)
+            term.build(*sides, self.facts)
         return term.to(dtype)
 
     def draws(
