@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -320,6 +321,17 @@ def test_the_scores_are_the_teachers_own() -> None:
     machine.close()
 
 
+def test_a_convolution_may_classify() -> None:
+    linear, conv = classifier(), nn.Conv2d(6, 5, 1)
+    conv.load_state_dict({"weight": linear.weight.detach()[:, :, None, None], "bias": linear.bias.detach()})
+    student, teacher = case().tensors()
+    here = replace(case(), borrowed=lambda: {"classifier": conv})
+    for batch in (slice(0, 6), slice(0, 1)):
+        maps = [{"map": side["map"][batch]} for side in (student, teacher or {})]
+        losses = [one.loss(one.built(), maps[0], maps[1], one.batch()) for one in (case(), here)]
+        torch.testing.assert_close(*losses)
+
+
 # odd cases
 
 
@@ -418,7 +430,7 @@ def test_a_tap_that_is_no_map() -> None:
         build((2, 4), (2, 6, 2, 2), classifier())
 
 
-ADVICE = "; tap the map that it pools (teacher_tap), or name the teacher's last layer (classifier)"
+ADVICE = "; tap the map it reads (teacher_tap), or name the part that follows the pooling (classifier)"
 
 
 @pytest.mark.parametrize(
@@ -428,6 +440,11 @@ ADVICE = "; tap the map that it pools (teacher_tap), or name the teacher's last 
             nn.Linear(12, 5),
             "srrl: the teacher's 'classifier' does not take the 6 channels of 'map' (it takes 12)" + ADVICE,
             id="width",
+        ),
+        pytest.param(
+            nn.Conv2d(12, 5, 1),
+            "srrl: the teacher's 'classifier' does not take the 6 channels of 'map' (it takes 12)" + ADVICE,
+            id="width of a convolution",
         ),
         pytest.param(
             nn.Sequential(nn.Flatten(), nn.Linear(24, 5)),

@@ -23,7 +23,7 @@ CARD = Card(
     authors="Yang, Martinez, Bulat, Tzimiropoulos",
     year=2021,
     venue="ICLR",
-    paper="openreview:ZzwDy_wiWv",
+    paper="https://openreview.net/forum?id=ZzwDy_wiWv",
     code="github:jingyang2017/KD_SRRL@d2e802f",
     code_licence="MIT",
     claims="Training features through the teacher's classifier beats matching the features alone.",
@@ -103,9 +103,11 @@ def pool(feature_map: Tensor) -> Tensor:
 
 def classify(classifier: nn.Module, vector: Tensor) -> Tensor:
     """Return the classifier's scores of pooled vectors, which come in float32 whatever its weights are."""
-    like = next(classifier.parameters(), vector)
-    scores: Tensor = classifier(vector.to(like.dtype))
-    return scores
+    given = vector.to(next(classifier.parameters(), vector).dtype)
+    if isinstance(classifier, nn.Conv2d):  # some networks end in a 1x1 convolution
+        given = given[:, :, None, None]
+    scores: Tensor = classifier(given)
+    return scores.flatten(2).squeeze(2) if isinstance(classifier, nn.Conv2d) else scores
 
 
 @final
@@ -166,12 +168,12 @@ class SRRL(Term):
 
     def _try(self, classifier: nn.Module, goal: Tensor) -> None:
         """Refuse a classifier that does not turn the pooled map into one row of scores a sample."""
-        advice = "tap the map that it pools (teacher_tap), or name the teacher's last layer (classifier)"
+        advice = "tap the map it reads (teacher_tap), or name the part that follows the pooling (classifier)"
         try:
             with torch.no_grad():
                 scores = classify(classifier, pool(goal))
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            takes = getattr(classifier, "in_features", None)
+            takes = getattr(classifier, "in_features", getattr(classifier, "in_channels", None))
             reason = f"it takes {takes}" if takes else str(error).partition("\n")[0]
             raise UserError(
                 f"srrl: the teacher's {self.classifier!r} does not take the {goal.shape[1]} channels of "
