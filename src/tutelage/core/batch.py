@@ -185,6 +185,7 @@ class Facts:
         steps_per_epoch: optimizer steps.
         total_steps: optimizer steps of the run or stage.
         seed: of every keyed random choice.
+        mixes: augmentations that turn class indices into soft labels, such as `mixup`.
     """
 
     num_classes: int = 0
@@ -194,3 +195,4 @@ class Facts:
     steps_per_epoch: int = 1
     total_steps: int = 1
     seed: int = 0
+    mixes: tuple[str, ...] = ()

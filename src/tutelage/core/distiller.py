@@ -144,8 +144,8 @@ class Distiller(nn.Module):
                         raise _explained(error, sample) from error
                 elif view:
                     signals[source] = self.teachers[name].observe(seen)
-            for entry in self.objective.entries.values():
-                entry.term.build(signals[entry.student], signals.get(entry.teacher), self.facts)
+            for label, entry in self.objective.entries.items():
+                entry.term.build(*self.objective.pair(label, signals, self.models), self.facts)
                 entry.term.to(device)
         shapes = {
             source: {name: tuple(tensor.shape) for name, tensor in found.taps.items()}
@@ -159,7 +159,9 @@ class Distiller(nn.Module):
         names = [*self.models]
         for entry in self.objective.entries.values():
             wanted = entry.term.reads
-            names += [entry.student] + ([entry.teacher] if wanted.teacher or wanted.borrows else [])
+            names += [entry.student, *_views(entry.student, wanted.student)]
+            if wanted.teacher or wanted.borrows:
+                names += [entry.teacher, *_views(entry.teacher, wanted.teacher)]
         return list(dict.fromkeys(names))
 
     def _plan(self) -> tuple[dict[str, list[Tap]], dict[str, list[str]]]:
@@ -168,13 +170,18 @@ class Distiller(nn.Module):
         taps: dict[str, list[Tap]] = {name: [] for name in known}
         borrows: dict[str, list[str]] = {name: [] for name in known}
         for label, entry in self.objective.entries.items():
-            wanted = entry.term.reads
+            wanted, card = entry.term.reads, entry.term.card
+            if self.facts.mixes and card is not None and not {"soft", "none"} & set(card.labels):
+                raise UserError(
+                    f"objective.{label}: {card.name} reads class indices only, and data.{self.facts.mixes[0]} "
+                    "makes soft labels; switch the mixing off or choose a method for soft labels"
+                )
             student, teacher = entry.student.partition("@")[0], entry.teacher.partition("@")[0]
             if student not in self.models:
                 raise UserError(
                     f"objective.{label}.student: no student {student!r}{nearest(student, self.models)}"
                 )
-            taps[student] += wanted.student
+            taps[student] += [tap.plain for tap in wanted.student]
             if not (wanted.teacher or wanted.borrows):
                 continue
             if teacher not in known:
@@ -183,7 +190,7 @@ class Distiller(nn.Module):
                         f"objective.{label}: {type(entry.term).__name__} needs a teacher, and none was given"
                     )
                 raise UserError(f"objective.{label}.teacher: no source {teacher!r}{nearest(teacher, known)}")
-            taps[teacher] += wanted.teacher
+            taps[teacher] += [tap.plain for tap in wanted.teacher]
             borrows[teacher] += wanted.borrows
             if wanted.borrows and teacher in self.models:
                 raise UserError(
@@ -246,12 +253,10 @@ class Distiller(nn.Module):
             for name in self.models:
                 loss = self.task.loss(sources[name].output, batch)
                 losses += [loss] if isinstance(loss, Tensor) else loss.values()
-        for label, entry in self.objective.entries.items():
+        for label in self.objective.entries:
             if self.objective.final_weight(label):
-                teacher = sources.get(entry.teacher)
-                if teacher is not None and entry.teacher.partition("@")[0] in self.models and not entry.live:
-                    teacher = teacher.detach()
-                parts, _ = self.objective.compare(label, sources[entry.student], teacher, batch, 0)
+                pair = self.objective.pair(label, sources, self.models)
+                parts, _ = self.objective.compare(label, *pair, batch, 0)
                 losses += parts.values()
         return sum(losses[1:], losses[0]) if losses else None
 
@@ -386,6 +391,11 @@ class Distiller(nn.Module):
         for parameter in self._unreached:
             parameter.requires_grad_(True)
         self._unreached = []
+
+
+def _views(source: str, taps: Sequence[Tap]) -> list[str]:
+    """Return the further views of a source that a term reads."""
+    return [f"{source.partition('@')[0]}@{tap.view}" for tap in taps if tap.view]
 
 
 def _explained(error: ValueError, batch: Batch) -> ValueError:

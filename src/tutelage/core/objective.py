@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The weighted sum of the task's own loss and the terms."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from tutelage.core.card import Averages
 from tutelage.core.error import UserError
 from tutelage.core.schedule import Schedule
 from tutelage.core.signals import Signals
+from tutelage.core.tap import Tap
 from tutelage.core.task import Task
 from tutelage.core.term import Draw, Outcome, Term
 
@@ -116,6 +117,23 @@ class Objective(nn.Module):
         schedule: Schedule = self.task_weight if label == "task" else self.entries[label].weight
         return schedule.end or schedule.start
 
+    def pair(
+        self, label: str, sources: Mapping[str, Signals], students: Collection[str]
+    ) -> tuple[Signals, Signals | None]:
+        """Return what stands in the student's and in the teacher's place of a term.
+
+        A student in the teacher's place is cut from the graph unless the entry is live; a term that reads no
+        teacher gets None.
+        """
+        entry = self.entries[label]
+        wanted = entry.term.reads
+        student = _with_views(sources, entry.student, wanted.student)
+        if not (wanted.teacher or wanted.borrows):
+            return student, None
+        teacher = _with_views(sources, entry.teacher, wanted.teacher)
+        learns = entry.teacher.partition("@")[0] in students and not entry.live
+        return student, teacher.detach() if learns else teacher
+
     def compare(
         self, label: str, student: Signals, teacher: Signals | None, batch: Batch, step: int
     ) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
@@ -157,10 +175,7 @@ class Objective(nn.Module):
             )
             pieces.append(("task", task.averages, named))
         for label, entry in self.entries.items():
-            teacher = sources.get(entry.teacher)
-            if teacher is not None and entry.teacher.partition("@")[0] in students and not entry.live:
-                teacher = teacher.detach()
-            parts, memory = self.compare(label, sources[entry.student], teacher, batch, step)
+            parts, memory = self.compare(label, *self.pair(label, sources, students), batch, step)
             card = entry.term.card
             pieces.append((label, card.averages if card else "samples", parts))
             if memory:
@@ -188,3 +203,10 @@ class Objective(nn.Module):
         if not (self.task_weight if label == "task" else self.entries[label].weight).constant:
             return torch.full((), weight, device=like.device, dtype=like.dtype)
         return weight
+
+
+def _with_views(sources: Mapping[str, Signals], source: str, taps: Sequence[Tap]) -> Signals:
+    """Return a source's signals together with what a term reads of its other views."""
+    base, name = sources[source], source.partition("@")[0]
+    others = {tap.name: sources[f"{name}@{tap.view}"][tap.plain.name] for tap in taps if tap.view}
+    return replace(base, taps={**base.taps, **others}) if others else base

@@ -3,7 +3,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, get_args
@@ -35,6 +35,7 @@ class Tap:
         call: which call (0-based), for a module that runs more than once in a forward.
         layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens.
         prefix: number of prefix tokens, for the token layouts.
+        view: of the batch, for a term that reads one model on several views; None is the view of its source.
 
     Raises:
         UserError: if `side` or `layout` is none of these words.
@@ -46,6 +47,7 @@ class Tap:
     call: int | None = None
     layout: Layout = "nchw"
     prefix: int = 0
+    view: str | None = None
 
     def __post_init__(self) -> None:
         for word, valid in (("side", get_args(Side)), ("layout", get_args(Layout))):
@@ -57,7 +59,7 @@ class Tap:
 
     @classmethod
     def parse(cls, value: "str | Mapping[str, Any] | Tap") -> "Tap":
-        """Read a role or path, or a mapping of this class's fields as in a recipe.
+        """Read a role or path (`map`, or `map@strong` on a view), or a mapping of fields as in a recipe.
 
         Raises:
             UserError: on an unknown field.
@@ -65,7 +67,8 @@ class Tap:
         if isinstance(value, Tap):
             return value
         if isinstance(value, str):
-            return cls(value)
+            where, _, view = value.partition("@")
+            return cls(where, view=view or None)
         for word in value:
             if word not in cls.__dataclass_fields__:
                 raise UserError(
@@ -82,7 +85,12 @@ class Tap:
         key = "" if self.key is None else f"[{self.key!r}]"
         call = "" if self.call is None else f"#{self.call}"
         layout = "" if self.layout == "nchw" else f"({self.layout}{self.prefix or ''})"
-        return f"{self.where}{side}{key}{call}{layout}"
+        return f"{self.where}{side}{key}{call}{layout}" + (f"@{self.view}" if self.view else "")
+
+    @property
+    def plain(self) -> "Tap":
+        """The same tensor, whatever the view."""
+        return replace(self, view=None)
 
     def __str__(self) -> str:
         return self.name
