@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a score is called, which way is better, and how it is written."""
+
+from dataclasses import dataclass
+from typing import Self
+
+from tutelage.report.number import fixed, interval, percent, signed
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One score of a task.
+
+    Args:
+        key: its name in `metrics.jsonl`.
+        label: its name in a sentence.
+        percent: it is a fraction, shown in percent; differences of it are in points.
+        higher: more is better.
+    """
+
+    key: str
+    label: str
+    percent: bool = True
+    higher: bool = True
+
+    @classmethod
+    def of(cls, key: str) -> Self:
+        """Return what is known of a score by its key; an unknown one is a plain number, more being better."""
+        label, fraction, higher = KNOWN.get(key, (key, False, True))
+        return cls(key, label, fraction, higher)
+
+    @property
+    def head(self) -> str:
+        """The head of a column."""
+        return f"{self.label} (%)" if self.percent else self.label
+
+    @property
+    def unit(self) -> str:
+        """What a difference is counted in: ` points`, or nothing."""
+        return " points" if self.percent else ""
+
+    @property
+    def _scale(self) -> float:
+        return 100.0 if self.percent else 1.0
+
+    @property
+    def _digits(self) -> int:
+        return 1 if self.percent else 3
+
+    def show(self, value: float | None, deviation: float | None = None) -> str:
+        """Return a value and its spread, without unit.
+
+        Example:
+            >>> Metric.of("top1").show(0.934, 0.003)
+            '93.4 ± 0.3'
+        """
+        return percent(value, deviation) if self.percent else fixed(value, deviation, digits=self._digits)
+
+    def difference(self, value: float | None) -> str:
+        """Return a signed difference, without unit."""
+        return signed(None if value is None else self._scale * value, digits=self._digits)
+
+    def interval(self, low: float, high: float) -> str:
+        """Return both ends of an interval of a difference, without unit."""
+        return interval(self._scale * low, self._scale * high, digits=self._digits)
+
+
+KNOWN = {
+    "top1": ("top-1 accuracy", True, True),
+    "top5": ("top-5 accuracy", True, True),
+    "ece": ("calibration error", True, False),
+    "loss": ("loss", False, False),
+}
