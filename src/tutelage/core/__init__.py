@@ -10,11 +10,13 @@ if TYPE_CHECKING:
     from tutelage.core.batch import Frame as Frame
     from tutelage.core.card import Card as Card
     from tutelage.core.distiller import Distiller as Distiller
+    from tutelage.core.feeder import Feeder as Feeder
     from tutelage.core.model import InputSpec as InputSpec
     from tutelage.core.model import Model as Model
     from tutelage.core.objective import Entry as Entry
     from tutelage.core.objective import Losses as Losses
     from tutelage.core.objective import Objective as Objective
+    from tutelage.core.rebuild import Rebuild as Rebuild
     from tutelage.core.schedule import Schedule as Schedule
     from tutelage.core.signals import Signals as Signals
     from tutelage.core.tap import Tap as Tap
@@ -33,6 +35,7 @@ HOMES = {
     "Draw": "term",
     "Entry": "objective",
     "Facts": "batch",
+    "Feeder": "feeder",
     "Frame": "batch",
     "InputSpec": "model",
     "Live": "teacher",
@@ -41,6 +44,7 @@ HOMES = {
     "Objective": "objective",
     "Outcome": "term",
     "Reads": "term",
+    "Rebuild": "rebuild",
     "Schedule": "schedule",
     "Signals": "signals",
     "Tap": "tap",

@@ -173,8 +173,8 @@ class Distiller(nn.Module):
             wanted, card = entry.term.reads, entry.term.card
             if self.facts.mixes and card is not None and not {"soft", "none"} & set(card.labels):
                 raise UserError(
-                    f"objective.{label}: {card.name} reads class indices only, and {self.facts.mixes[0]} makes "
-                    "soft labels; switch the mixing off (data section) or choose a method for soft labels"
+                    f"objective.{label}: {card.name} reads class indices only, and {self.facts.mixes[0]} "
+                    "makes soft labels; switch the mixing off, or choose a method for soft labels"
                 )
             student, teacher = entry.student.partition("@")[0], entry.teacher.partition("@")[0]
             if student not in self.models:
