@@ -13,14 +13,15 @@ from tutelage.models import roles as places
 
 def adapt(
     module: nn.Module,
-    sample_inputs: Any = None,
+    sample_inputs: Tensor | None = None,
     *,
     roles: Mapping[str, str | Mapping[str, Any] | Tap] | None = None,
     input: InputSpec | None = None,  # noqa: A002 - the field's name
     class_names: Sequence[str] = (),
     call: Callable[[nn.Module, Any], Any] | None = None,
     prefix: int | None = None,
-    source: Mapping[str, Any] | None = None,
+    classifier: str | None = None,
+    stages: Sequence[str] = (),
 ) -> Model:
     """Return a module as a Model with the roles that one forward shows.
 
@@ -32,7 +33,8 @@ def adapt(
         class_names: of its outputs, in order.
         call: how to call it, where `module(inputs)` is not enough.
         prefix: number of class and register tokens, if known.
-        source: how to build it again.
+        classifier: path of the layer that gives the logits, if known.
+        stages: paths of the modules that end a stage, if known.
 
     Raises:
         UserError: if a place is written with an unknown word.
@@ -45,11 +47,13 @@ def adapt(
     """
     found = places.Roles()
     if sample_inputs is not None:
-        found = places.find(module, sample_inputs, prefix=prefix)
+        found = places.find(
+            module, sample_inputs, call=call, prefix=prefix, classifier=classifier, stages=stages
+        )
     given = {role: Tap.parse(place) for role, place in (roles or {}).items()}
     modules = {**found.modules, **{role: tap.where for role, tap in given.items() if role == "classifier"}}
     taps = {**found.taps, **{role: tap for role, tap in given.items() if role != "classifier"}}
-    return Model(module, taps, modules, input, tuple(class_names), call, dict(source or {}))
+    return Model(module, taps, modules, input, tuple(class_names), call)
 
 
 def blank(module: nn.Module, input: InputSpec, size: tuple[int, int]) -> Tensor:  # noqa: A002

@@ -2,65 +2,19 @@
 """Models by name: `kind:place`, or a mapping with options."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from tutelage.core import InputSpec, Model
 from tutelage.core.error import UserError, nearest
-from tutelage.models import own, weights
+from tutelage.models import run, weights
 from tutelage.models.adapt import adapt, blank
+from tutelage.models.source import Built, Wanted
 
-
-@dataclass(frozen=True)
-class Wanted:
-    """What a source is asked for.
-
-    Args:
-        place: what stands after the colon.
-        num_classes: K.
-        in_channels: of the images.
-        class_names: of the outputs.
-        pretrained: the library's own weights.
-        options: of the constructor.
-    """
-
-    place: str
-    num_classes: int | None = None
-    in_channels: int | None = None
-    class_names: tuple[str, ...] = ()
-    pretrained: bool = False
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Built:
-    """What a source gives: a network, the pixels it wants and what a trace cannot show."""
-
-    module: nn.Module
-    input: InputSpec | None = None
-    size: tuple[int, int] = (32, 32)
-    prefix: int | None = None
-    call: Callable[[nn.Module, Any], Any] | None = None
-    roles: Mapping[str, Any] = field(default_factory=dict)
-
-
-def _own(wanted: Wanted) -> Built:
-    if wanted.pretrained:
-        raise UserError(f"tutelage:{wanted.place} comes without weights: give a file")
-    module, pixels = own.build(
-        wanted.place,
-        num_classes=wanted.num_classes or 10,
-        in_channels=wanted.in_channels or 3,
-        **wanted.options,
-    )
-    return Built(module, pixels)
-
-
-#: Builds a kind of model.
-SOURCES: dict[str, Callable[[Wanted], Built]] = {"tutelage": _own}
+#: Kinds of models.
+KINDS = ("hf", "python", "run", "timm", "torchvision", "tutelage")
 #: Words of a mapping that are not the constructor's.
 WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names")
 
@@ -80,14 +34,14 @@ def load(
         spec: `tutelage:NAME`, `timm:NAME`, `torchvision:NAME`, `hf:NAME_OR_PATH`, `python:FILE.py:FUNCTION`
             or `run:FOLDER`; or a mapping with `model`, `weights` (null, `pretrained` or a file), `roles`
             (places by role), `input` (size, mean, std, channels, bgr) and options of the constructor.
-        num_classes: K, where the mapping does not say.
+        num_classes: K, where the mapping does not say; None is the constructor's default.
         in_channels: of the images, where the mapping does not say.
-        image_size: (height, width) of the images, for the forward that looks for roles.
+        image_size: (height, width) of the images.
         class_names: of the outputs, in order.
         seed: of the initial weights; None draws them from torch's generator.
 
     Raises:
-        UserError: on an unknown name, word or file; the nearest name is given.
+        UserError: on an unknown name, word or file (the nearest name is given), or weights that do not fit.
 
     Example:
         >>> model = load("tutelage:resnet8", num_classes=10, in_channels=1, seed=0)
@@ -96,10 +50,12 @@ def load(
     """
     given: dict[str, Any] = {"model": spec} if isinstance(spec, str) else dict(spec)
     if "model" not in given:
-        raise UserError(f"a model needs the word `model`: {', '.join(f'{kind}:...' for kind in SOURCES)}")
+        raise UserError(f"a model needs the word `model`: {', '.join(f'{kind}:...' for kind in KINDS)}")
     kind, _, place = str(given["model"]).partition(":")
-    if kind not in SOURCES or not place:
-        raise UserError(f"model {given['model']!r} is not known: write KIND:NAME{nearest(kind, SOURCES)}")
+    if kind not in KINDS or not place:
+        raise UserError(f"model {given['model']!r} is not known: write KIND:NAME{nearest(kind, KINDS)}")
+    if kind == "run":
+        return _student(place, given, num_classes, image_size)
     wanted = Wanted(
         place,
         given.get("num_classes", num_classes),
@@ -108,56 +64,124 @@ def load(
         given.get("weights") == "pretrained",
         {word: value for word, value in given.items() if word not in WORDS},
     )
-    built = _seeded(SOURCES[kind], wanted, seed)
+    built = _build(kind, wanted, seed)
     file = given.get("weights")
     if file is not None and not wanted.pretrained:
         weights.fit(built.module, weights.read(file), file)
-    pixels = _pixels(built.input, given.get("input"))
-    names = wanted.class_names
-    return adapt(
-        built.module,
-        blank(built.module, pixels or InputSpec(channels=wanted.in_channels or 3), image_size or built.size),
-        roles={**built.roles, **given.get("roles", {})},
-        input=pixels,
-        class_names=names,
-        call=built.call,
-        prefix=built.prefix,
-        source=record(given, wanted, pixels),
-    )
-
-
-def record(given: Mapping[str, Any], wanted: Wanted, pixels: InputSpec | None) -> dict[str, Any]:
-    """Return how to build a model again without its weights: what `student.json` holds."""
-    return {
+    built = replace(built, input=_pixels(built.input, given.get("input")))
+    names = wanted.class_names or built.class_names
+    model = _adapted(built, given, wanted, image_size)
+    model.class_names = names
+    model.source = {
         "model": {
             word: value for word, value in given.items() if word in ("model", "roles", *wanted.options)
         },
         "num_classes": wanted.num_classes,
         "in_channels": wanted.in_channels,
-        "class_names": list(wanted.class_names),
-        "input": asdict(pixels) if pixels is not None else None,
+        "image_size": image_size,
+        "class_names": list(names),
+        "input": asdict(built.input) if built.input is not None else None,
     }
+    return model
 
 
-def rebuild(found: Mapping[str, Any]) -> Model:
-    """Return the model of a record, with initial weights."""
-    spec = dict(found["model"])
-    if found.get("input") is not None:
-        spec["input"] = found["input"]
+def rebuild(record: Mapping[str, Any], seed: int | None = None) -> Model:
+    """Return the model of a record, with initial weights.
+
+    Args:
+        record: what `Model.source` holds, and a run's `student.json`.
+        seed: of the initial weights.
+    """
+    spec = {"model": record["model"]} if isinstance(record["model"], str) else dict(record["model"])
+    if record.get("input") is not None:
+        spec["input"] = record["input"]
+    size = record.get("image_size")
     return load(
         spec,
-        num_classes=found.get("num_classes"),
-        in_channels=found.get("in_channels"),
-        class_names=found.get("class_names", ()),
+        num_classes=record.get("num_classes"),
+        in_channels=record.get("in_channels"),
+        image_size=(size[0], size[1]) if size else None,
+        class_names=record.get("class_names", ()),
+        seed=seed,
     )
 
 
-def _seeded(build: Callable[[Wanted], Built], wanted: Wanted, seed: int | None) -> Built:
+def _student(
+    place: str, given: Mapping[str, Any], num_classes: int | None, size: tuple[int, int] | None
+) -> Model:
+    """Return a run's student; the mapping may only say more of roles and input."""
+    for word in given:
+        if word not in ("model", "roles", "input", "weights"):
+            raise UserError(f"model 'run:{place}': {word!r} is fixed by the run")
+    if given.get("weights") not in (None, "pretrained"):
+        raise UserError(f"model 'run:{place}' has its own weights")
+    record, file = run.read(place)
+    if num_classes is not None and record.get("num_classes") not in (None, num_classes):
+        raise UserError(f"model 'run:{place}' has {record['num_classes']} classes, the data {num_classes}")
+    if size is not None:
+        record["image_size"] = size
+    if "input" in given:
+        record["input"] = {**(record.get("input") or {}), **given["input"]}
+    if "roles" in given:
+        spec = record["model"] if isinstance(record["model"], Mapping) else {"model": record["model"]}
+        record["model"] = {**spec, "roles": {**spec.get("roles", {}), **given["roles"]}}
+    model = rebuild(record)
+    weights.fit(model.module, weights.read(file), file)
+    return model
+
+
+def _source(kind: str) -> Callable[[Wanted], Built]:
+    # each kind loads a library of its own
+    if kind == "timm":
+        from tutelage.models.timm import build
+    elif kind == "torchvision":
+        from tutelage.models.torchvision import build
+    elif kind == "hf":
+        from tutelage.models.transformers import build
+    elif kind == "python":
+        from tutelage.models.python import build
+    else:
+        from tutelage.models.own import build
+    return build
+
+
+def _build(kind: str, wanted: Wanted, seed: int | None) -> Built:
     if seed is None:
-        return build(wanted)
+        return _source(kind)(wanted)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build(wanted)
+        torch.default_generator.manual_seed(seed)
+        return _source(kind)(wanted)
+
+
+def _adapted(
+    built: Built, given: Mapping[str, Any], wanted: Wanted, image_size: tuple[int, int] | None
+) -> Model:
+    """Look for roles on images of the model's own size, else on the data's."""
+    pixels = built.input or InputSpec(channels=wanted.in_channels or 3)
+    sizes = dict.fromkeys([built.size, *([image_size] if image_size else []), (32, 32)])
+    first: Exception | None = None
+    for size in sizes:
+        try:
+            return adapt(
+                built.module,
+                blank(built.module, pixels, size),
+                roles=given.get("roles"),
+                input=built.input,
+                call=built.call,
+                prefix=built.prefix,
+                classifier=built.classifier,
+                stages=built.stages,
+            )
+        except UserError:
+            raise
+        except (RuntimeError, ValueError, AssertionError) as error:
+            first = first or error
+    tried = ", ".join(f"{height}x{width}" for height, width in sizes)
+    what = str(first).splitlines()[0]
+    raise UserError(
+        f"model {given['model']!r} does not run on images of {tried} pixels with {pixels.channels} channels "
+        f"({what}); say what it takes with `input: {{size: [H, W], channels: C}}`"
+    ) from first
 
 
 def _pixels(found: InputSpec | None, given: Mapping[str, Any] | None) -> InputSpec | None:
@@ -168,7 +192,7 @@ def _pixels(found: InputSpec | None, given: Mapping[str, Any] | None) -> InputSp
     for word in given:
         if word not in words:
             raise UserError(f"input.{word} is not known{nearest(str(word), words)}")
-    as_tuples: dict[str, Any] = {
-        word: tuple(value) if isinstance(value, list) else value for word, value in given.items()
-    }
-    return replace(found or InputSpec(), **as_tuples)
+    said: dict[str, Any] = {word: tuple(v) if isinstance(v, list) else v for word, v in given.items()}
+    if isinstance(said.get("size"), int):
+        said["size"] = (said["size"], said["size"])
+    return replace(found or InputSpec(), **said)

@@ -2,7 +2,7 @@
 """Where the tensors that methods speak of lie in a model, read from one traced forward."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -31,7 +31,15 @@ class Roles:
     modules: Mapping[str, str] = field(default_factory=dict)
 
 
-def find(module: nn.Module, *inputs: Any, prefix: int | None = None, **named: Any) -> Roles:
+def find(
+    module: nn.Module,
+    images: Tensor,
+    *,
+    call: Callable[[nn.Module, Any], Any] | None = None,
+    prefix: int | None = None,
+    classifier: str | None = None,
+    stages: Sequence[str] = (),
+) -> Roles:
     """Return the roles of an image classifier, from one forward in evaluation mode without gradient.
 
     - `classifier`: the last linear layer or 1x1 convolution whose outputs are the logits; `pooled`: its input
@@ -46,24 +54,25 @@ def find(module: nn.Module, *inputs: Any, prefix: int | None = None, **named: An
 
     Args:
         module: the model.
-        inputs: what it is called with; for maps, images large enough that the last map has several pixels.
+        images: `[B, C, H, W]`, large enough that the last map has several pixels.
+        call: how the module is called, where `module(images)` is not enough.
         prefix: number of class and register tokens, if known; else the count that makes the rest a square.
-        named: keyword inputs.
+        classifier: path of the layer that gives the logits, if known.
+        stages: paths of the modules that end a stage, if known.
     """
-    root, output = trace(module, *inputs, **named)
+    root, output = trace(module, lambda: call(module, images) if call else module(images))
     logits = logits_of(output)
     taps: dict[str, Tap] = {}
     modules: dict[str, str] = {}
-    head = _classifier(root, logits)
+    head = _called(root, classifier) or _classifier(root, logits)
     before = _calls_before(root, head)
-    image = root.taken
     if head is not None:
         modules["classifier"] = head.path
         if head.taken is not None and head.taken.ndim == 2:
             taps["pooled"] = Tap(head.path, "input")
     taps |= _tokens(root, before, prefix)
-    if "tokens" not in taps and image is not None and image.ndim == 4:
-        taps |= _maps(root, image, set(map(id, before)))
+    if "tokens" not in taps and images.ndim == 4:
+        taps |= _maps(root, images, before, stages)
     return Roles(taps, modules)
 
 
@@ -77,6 +86,12 @@ def logits_of(output: Any) -> Tensor | None:
     if found is None and isinstance(output, (tuple, list)) and output:
         found = output[0]
     return found if isinstance(found, Tensor) else None
+
+
+def _called(root: Call, path: str | None) -> Call | None:
+    """Return the last call of a module that gave a tensor of its own."""
+    calls = [call for call in root.walk() if call.path == path and call.given is not call.taken]
+    return calls[-1] if calls else None
 
 
 def _classifier(root: Call, logits: Tensor | None) -> Call | None:
@@ -122,14 +137,14 @@ def _is_map(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.ndim == 4
 
 
-def _maps(root: Call, image: Tensor, before: set[int]) -> dict[str, Tap]:
-    last = _channels_last_calls(root)
+def _maps(root: Call, image: Tensor, calls: list[Call], stages: Sequence[str]) -> dict[str, Tap]:
+    last, before = _channels_last_calls(root), set(map(id, calls))
     units = [unit for unit in _chain(root, image, last) if id(unit.call) in before]
     # an identity adds no name, and a pooling that keeps the size no knowledge
     units = [unit for unit in units if not _adds_nothing(unit.call)]
     units = [unit for unit in units if math.prod(unit.size) > 1] or units[-1:]
-    if not units:
-        return {}
+    if not units or any(map(_is_sequence, calls[calls.index(units[-1].call) :])):
+        return {}  # what follows the maps works on tokens: they are not what the model ends in
     counts: dict[str, int] = {}
     for call in root.walk():
         counts[call.path] = max(counts.get(call.path, 0), call.number + 1)
@@ -139,9 +154,7 @@ def _maps(root: Call, image: Tensor, before: set[int]) -> dict[str, Tap]:
         return Tap(call.path, side, call=number, layout="nhwc" if channels_last else "nchw")
 
     taps = {"map": tap(units[-1].call, "output", units[-1].channels_last)}
-    sizes = list(dict.fromkeys(unit.size for unit in units))
-    for number, size in enumerate(sizes):
-        end = [unit for unit in units if unit.size == size][-1]
+    for number, end in enumerate(_named(root, image, last, stages) or _ends(units)):
         taps[f"stages[{number}]"] = tap(end.call, "output", end.channels_last)
         activation = _ending_activation(end.call)
         if activation is not None:
@@ -150,6 +163,20 @@ def _maps(root: Call, image: Tensor, before: set[int]) -> dict[str, Tap]:
     if first is not None and _is_map(first.call.taken):
         taps["stem"] = tap(first.call, "input", first.channels_last and id(first.call.taken) in last)
     return taps
+
+
+def _ends(units: list[Unit]) -> list[Unit]:
+    """Return the last unit of each resolution."""
+    return list({unit.size: unit for unit in units}.values())
+
+
+def _named(root: Call, image: Tensor, last: set[int], paths: Sequence[str]) -> list[Unit]:
+    """Return the units of these paths, or nothing if one of them gives no map."""
+    calls = [call for path in paths if (call := _called(root, path)) is not None and call.given is not None]
+    if len(calls) < len(paths) or not all(_is_map(call.given) for call in calls):
+        return []
+    sized = [(call, *_size(call.given, image, last)) for call in calls if call.given is not None]
+    return [Unit(call, channels_last, size) for call, size, channels_last in sized]
 
 
 def _adds_nothing(call: Call) -> bool:
@@ -257,17 +284,16 @@ def _blocks(root: Call, calls: list[Call]) -> list[Call]:
     """Return the only row of siblings that all give `[B, L, D]` of one shape, or nothing."""
     rows: dict[str, list[Call]] = {}
     for call in calls:
-        parent, _, name = call.path.rpartition(".")
-        if (
-            name.isdigit()
-            and call.inner
-            and call.number == 0
-            and call.given is not None
-            and call.given.ndim == 3
-        ):
+        parent = call.path.rpartition(".")[0]
+        in_row = isinstance(root.module.get_submodule(parent), (nn.Sequential, nn.ModuleList))
+        if in_row and call.number == 0 and _is_sequence(call):
             rows.setdefault(parent, []).append(call)
     outer = {parent: row for parent, row in rows.items() if not any(parent.startswith(f"{o}.") for o in rows)}
     long = [row for row in outer.values() if len(row) > 1]
     if len(long) != 1 or len({tuple(call.given.shape) for call in long[0] if call.given is not None}) != 1:
         return []
     return long[0]
+
+
+def _is_sequence(call: Call) -> bool:
+    return bool(call.inner) and call.given is not None and call.given.ndim == 3

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each module of a model took and gave in one forward: the evidence that roles are read from."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -71,10 +71,12 @@ class _Stack:
 
 
 @torch.no_grad()
-def trace(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Call, Any]:
-    """Return the calls of one forward in evaluation mode, and its output.
+def trace(module: nn.Module, forward: Callable[[], Any]) -> tuple[Call, Any]:
+    """Return the calls of one forward in evaluation mode without gradient, and its output.
 
-    Training flags are restored; random generators are not moved.
+    Args:
+        module: whose calls, and those of its parts, are noted; its training flags are restored.
+        forward: calls the module; random generators are not moved.
     """
     stack = _Stack()
     handles = []
@@ -85,7 +87,7 @@ def trace(module: nn.Module, *inputs: Any, **named: Any) -> tuple[Call, Any]:
     try:
         module.eval()
         with torch.random.fork_rng(devices=[]):
-            output = module(*inputs, **named)
+            output = forward()
     finally:
         for handle in handles:
             handle.remove()
