@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from tutelage.core import ranks
 from tutelage.core.batch import Batch, Facts, share_counts
 from tutelage.core.error import UserError, nearest
+from tutelage.core.feeder import Feeder
 from tutelage.core.model import Model
 from tutelage.core.objective import Losses, Objective
 from tutelage.core.reader import Reader
@@ -19,6 +20,7 @@ from tutelage.core.signals import Signals
 from tutelage.core.tap import Tap
 from tutelage.core.task import Task
 from tutelage.core.teacher import Live, Teacher
+from tutelage.core.term import Draw
 
 Observed = Signals | Mapping[str, Signals] | None
 
@@ -49,6 +51,7 @@ class Distiller(nn.Module):
             module.
         sample: a small batch for the dry run at build, which leaves weights, buffers and generators alone.
         facts: what is known of the run.
+        feeders: what makes the batches of a step from those of the data.
 
     Raises:
         UserError: if a term reads what no source has (sources and roles are named), if sources cannot be told
@@ -71,12 +74,13 @@ class Distiller(nn.Module):
         teacher: Teacher | nn.Module | Model | Mapping[str, Teacher | nn.Module | Model] | None = None,
         sample: Batch,
         facts: Facts | None = None,
+        feeders: Sequence[Feeder] = (),
     ) -> None:
         super().__init__()
         named = dict(student) if isinstance(student, Mapping) else {"student": student}
         self.models = {name: Model.of(model) for name, model in named.items()}
         self.students = nn.ModuleDict({name: model.module for name, model in self.models.items()})
-        self.objective, self.task = objective, task
+        self.objective, self.task, self.feeders = objective, task, tuple(feeders)
         self.objective.facts = facts or Facts()
         given = (
             {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher}
@@ -261,6 +265,15 @@ class Distiller(nn.Module):
         return sum(losses[1:], losses[0]) if losses else None
 
     # --- the step ----------------------------------------------------------------------------------------
+
+    def feed(self, batch: Batch) -> Iterator[Batch]:
+        """Yield the batch itself, or what the feeders make of it, one after the other."""
+        fed: Iterator[Batch] = iter((batch,))
+        for number, feeder in enumerate(self.feeders):
+            draw = Draw(self.facts.seed, self.step, f"feeder {number}")
+            fed = (made for given in fed for made in feeder.feed(given, self.models, self.teachers, draw))
+        with torch.no_grad():
+            yield from fed
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the micro-batches of one optimizer step with the step's mean counts, over all ranks."""

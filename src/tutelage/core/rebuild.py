@@ -17,8 +17,8 @@ class Rebuild(ABC):
 
     A method's file holds one beside its term when the paper changes the student: a projector with the
     teacher's classifier, a distillation token, another head. What `end` returns is the student: exported,
-    counted, evaluated. The weights of what was built are saved with the student's own; `shape` holds what else
-    is needed to build it again without the teacher.
+    counted, evaluated. The weights of what was built are saved with the student's own; `shape` holds what is
+    needed besides to build it again without the teacher.
     """
 
     @abstractmethod

@@ -5,13 +5,15 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tutelage.core.card import Card, Entry, read
 from tutelage.core.error import UserError, nearest
 
 if TYPE_CHECKING:
     from tutelage.core.term import Term
+
+T = TypeVar("T")
 
 
 @cache
@@ -71,14 +73,25 @@ def find(name: str) -> "type[Term]":
             raise UserError(f"method {name!r}: {path} has no {attribute!r}{nearest(attribute, vars(home))}")
     else:
         home = module(name)
-        classes = [
-            value
-            for value in vars(home).values()
-            if isinstance(value, type) and issubclass(value, Term) and value.__module__ == home.__name__
-        ]
+        classes = _of_kind(home, Term)
         if len(classes) != 1:
             raise UserError(f"{name} holds {len(classes)} terms, expected one")
         found = classes[0]
     if not (isinstance(found, type) and issubclass(found, Term)):
         raise UserError(f"method {name!r} is not a Term")
     return found
+
+
+def role(name: str, kind: type[T]) -> type[T] | None:
+    """Return the `Rebuild` or `Feeder` that stands in the file of a method's term, or None."""
+    found = _of_kind(import_module(find(name).__module__), kind)
+    return found[0] if found else None
+
+
+def _of_kind(home: ModuleType, kind: type[T]) -> list[type[T]]:
+    """Return the classes of a kind that a file defines."""
+    return [
+        value
+        for value in vars(home).values()
+        if isinstance(value, type) and issubclass(value, kind) and value.__module__ == home.__name__
+    ]

@@ -14,7 +14,8 @@ from tutelage.report.measure import Measures
 from tutelage.report.measure import table as cost_table
 from tutelage.report.metric import Metric
 from tutelage.report.table import Table
-from tutelage.run.distill import Result, build_task, distill, teacher_recipe
+from tutelage.run.assemble import task_of
+from tutelage.run.distill import Result, distill, teacher_recipe
 from tutelage.run.folder import RunFolder
 from tutelage.run.objective import build as build_objective
 from tutelage.run.recipe import Recipe
@@ -87,7 +88,7 @@ def compare(
     for objective in recipe.compare.arms.values():
         build_objective(objective)  # every arm is valid before the first one trains
     RunFolder(folder).claim(recipe)
-    key = build_task(recipe.task, num_classes=2, class_names=()).headline
+    key = task_of(recipe.task, num_classes=2, class_names=()).headline
     metric, measures, teacher_score = Metric.of(key), dict[str, Measures](), None
     teacher_folder = folder / "teacher"
     if recipe.teacher is not None and recipe.teacher.fit is not None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from tutelage.core.error import UserError
 from tutelage.data.load import load as load_data
 from tutelage.models.load import load as load_model
-from tutelage.run.distill import build_task, score
+from tutelage.run.assemble import task_of
+from tutelage.run.distill import score
 from tutelage.run.folder import RunFolder
 from tutelage.train.runtime import Runtime
 
@@ -33,5 +34,5 @@ def evaluate(run: Path, *, source: str | None = None, split: str = "validation")
         raise UserError(f"the student's classes are not those of {section.source}, or lie in another order")
     runtime = Runtime(recipe.train.device)
     model.module.to(runtime.device)
-    task = build_task(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
+    task = task_of(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
     return score(model, task, loader, runtime.device)

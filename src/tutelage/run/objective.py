@@ -3,27 +3,51 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from tutelage import methods
-from tutelage.core import Entry, Objective, Term
+from tutelage.core import Entry, Feeder, Objective, Rebuild, Term
 from tutelage.core.error import UserError
 from tutelage.run.recipe import explain
 
 BINDING = ("method", "weight", "student", "teacher", "live")
 
+R = TypeVar("R", Feeder, Rebuild)
+T = TypeVar("T")
+ROLE_OPTIONS: dict[type[Any], str] = {Feeder: "feeder", Rebuild: "rebuild"}
 
-def schema(term: type[Term]) -> type[BaseModel]:
+
+def schema(kind: type[Any]) -> type[BaseModel]:
     """Return a validation model made from a constructor's signature: strict about names and types."""
-    hints = get_type_hints(term.__init__)
+    hints = get_type_hints(kind.__init__)
     fields: dict[str, Any] = {
         name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
-        for name, parameter in inspect.signature(term).parameters.items()
+        for name, parameter in inspect.signature(kind).parameters.items()
     }
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-    return create_model(term.__name__, __config__=config, **fields)
+    return create_model(kind.__name__, __config__=config, **fields)
+
+
+def checked(kind: type[T], options: Mapping[str, Any], where: str) -> T:
+    """Return an instance made from the options of a recipe.
+
+    Raises:
+        UserError: naming the place and the nearest valid option.
+    """
+    model = schema(kind)
+    try:
+        found = model.model_validate(dict(options))
+    except ValidationError as error:
+        said = explain(error, model).replace(
+            "unknown key", f"unknown option of {kind.__module__.rpartition('.')[2]}"
+        )
+        raise UserError(f"{where}.{said}") from error
+    try:
+        return kind(**{key: getattr(found, key) for key in options})
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def term(name: str, options: Mapping[str, Any], where: str) -> Term:
@@ -42,16 +66,7 @@ def term(name: str, options: Mapping[str, Any], where: str) -> Term:
         kind = methods.find(name)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    model = schema(kind)
-    try:
-        checked = model.model_validate(made)
-    except ValidationError as error:
-        said = explain(error, model).replace("unknown key", f"unknown option of {name}")
-        raise UserError(f"{where}.{said}") from error
-    try:
-        return kind(**{key: getattr(checked, key) for key in made})
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    return checked(kind, made, where)
 
 
 def build(section: Mapping[str, Any]) -> Objective:
@@ -70,6 +85,8 @@ def build(section: Mapping[str, Any]) -> Objective:
         block = dict(given) if isinstance(given, Mapping) else {"weight": given}
         where = f"objective.{label}"
         binding = {key: block.pop(key) for key in BINDING if key in block}
+        for word in ROLE_OPTIONS.values():
+            block.pop(word, None)
         made = term(str(binding.pop("method", label)), block, where)
         try:
             entries[label] = Objective({label: Entry(made, **binding)}).entries[label]
@@ -79,6 +96,27 @@ def build(section: Mapping[str, Any]) -> Objective:
         return Objective(entries, task=section.get("task", 0.0))
     except UserError as error:
         raise UserError(f"objective.task: {error}") from error
+
+
+def roles_of(section: Mapping[str, Any], role: type[R]) -> list[R]:
+    """Return the Feeders or Rebuilds that stand beside the terms of an objective, in its order.
+
+    Their options are a block of their own in the term's: `simkd: {weight: 1, rebuild: {factor: 4}}`.
+
+    Raises:
+        UserError: naming the place and the nearest valid option.
+    """
+    word, found = ROLE_OPTIONS[role], []
+    for label, given in section.items():
+        if label == "task":
+            continue
+        block = given if isinstance(given, Mapping) else {}
+        kind = methods.role(str(block.get("method", label)), role)
+        if kind is not None:
+            found.append(checked(kind, block.get(word, {}), f"objective.{label}.{word}"))
+        elif word in block:
+            raise UserError(f"objective.{label}.{word}: {label} has no {role.__name__}")
+    return found
 
 
 def of_methods(text: str) -> dict[str, Any]:

@@ -128,7 +128,8 @@ class Loop:
     def _step(self, call: Callable[..., Losses], batches: list[Batch]) -> list[Losses]:
         """Run one optimizer step."""
         step, losses = self.distiller.step, []
-        shared = self.distiller.share([batch.to(self.runtime.device) for batch in batches])
+        moved = (batch.to(self.runtime.device) for batch in batches)
+        shared = self.distiller.share([fed for batch in moved for fed in self.distiller.feed(batch)])
         for number, batch in enumerate(shared):
             torch.manual_seed(mix(self.seed, step, DROPOUT, number, ranks.rank()))
             with self.runtime.unsynced(call, number + 1 == len(shared)):

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recipe to the objects of a run: data, task, models, Distiller, loop."""
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tutelage.core import Batch, Distiller, Feeder, Live, Model, Rebuild, Task, Teacher, ranks
+from tutelage.core.error import UserError, nearest
+from tutelage.data.load import Splits
+from tutelage.data.load import load as load_data
+from tutelage.functional.noise import mix
+from tutelage.models.load import load as load_model
+from tutelage.run.objective import build as build_objective
+from tutelage.run.objective import roles_of
+from tutelage.run.recipe import Recipe, TaskSection
+from tutelage.train.average import Average
+from tutelage.train.log import Log
+from tutelage.train.loop import Loop
+from tutelage.train.optimizer import build as build_optimizer
+from tutelage.train.rate import Rate
+from tutelage.train.runtime import Runtime
+
+INIT, TERMS = 1, 2  # salts of the seeds of the student's and the terms' initial weights
+
+
+@dataclass
+class Assembled:
+    """Everything of one run but its folder.
+
+    Args:
+        recipe: what was asked.
+        runtime: device and precision.
+        data: loaders.
+        task: the problem.
+        student: what learns, rebuilt if a method asks for it.
+        rebuilds: the changes made to it, in order.
+        distiller: built, after its dry run.
+        sample: the batch of the dry run.
+        total_steps: optimizer steps.
+        steps_per_epoch: optimizer steps.
+    """
+
+    recipe: Recipe
+    runtime: Runtime
+    data: Splits
+    task: Task
+    student: Model
+    rebuilds: list[Rebuild]
+    distiller: Distiller
+    sample: Batch
+    total_steps: int
+    steps_per_epoch: int
+
+    def loop(self, log: Log, **more: Any) -> Loop:
+        """Return the loop that trains it; `more` are places of records and evaluation."""
+        settings, section = self.recipe.train, self.recipe.optimizer
+        groups = self.distiller.param_groups(None if section.decay_norms else section.weight_decay)
+        own = {"weight_decay": section.weight_decay} if section.decay_norms else {}
+        return Loop(
+            distiller=self.distiller,
+            batches=self.data.train,
+            optimizer=build_optimizer(section.name, groups, lr=section.lr, **own, **section.options),
+            rate=Rate(
+                settings.decay,
+                steps_per_epoch=self.steps_per_epoch,
+                total_steps=self.total_steps,
+                warmup=Rate.warm(settings.warmup, self.steps_per_epoch),
+                end=settings.end,
+                milestones=settings.milestones,
+                gamma=settings.gamma,
+            ),
+            total_steps=self.total_steps,
+            seed=settings.seed,
+            runtime=self.runtime,
+            accumulate=settings.accumulate,
+            clip=settings.clip,
+            average=Average(self.distiller.student, settings.ema) if settings.ema is not None else None,
+            log=log,
+            log_every=settings.log_every,
+            **more,
+        )
+
+    def settled(self) -> Model:
+        """Return the student after training: hooks gone, what a method built settled."""
+        self.distiller.close()
+        for rebuild in reversed(self.rebuilds):
+            self.student = rebuild.end(self.student)
+        return self.student
+
+
+def task_of(section: TaskSection, **known: Any) -> Task:
+    """Return the task of a recipe; `known` are facts of the data its constructor may want.
+
+    Raises:
+        UserError: on an unknown task or option.
+    """
+    home = Path(__file__).parent.parent / "tasks"
+    stems = [path.stem for path in home.glob("*.py") if path.stem != "__init__"]
+    if section.name not in stems:
+        raise UserError(f"task: unknown task {section.name!r}{nearest(section.name, stems)}")
+    module = import_module(f"tutelage.tasks.{section.name}")
+    kind = next(v for v in vars(module).values() if getattr(v, "name", None) == section.name)
+    accepted = inspect.signature(kind).parameters
+    for option in section.options:
+        if option not in accepted:
+            raise UserError(f"task.{option}: unknown option of {section.name}{nearest(option, accepted)}")
+    task: Task = kind(**{k: v for k, v in known.items() if k in accepted}, **section.options)
+    return task
+
+
+def _model(section: Mapping[str, Any], data: Splits) -> Model:
+    pixels = data.sample().inputs
+    return load_model(
+        section, num_classes=data.num_classes, in_channels=pixels.shape[1], class_names=data.class_names
+    )
+
+
+def teacher_of(recipe: Recipe, data: Splits, weights: Path | None) -> Teacher | None:
+    """Return the teacher of a recipe.
+
+    Args:
+        recipe: with or without one.
+        data: whose classes it must know.
+        weights: of a teacher that was fitted to the data first.
+
+    Raises:
+        UserError: if its classes are not the data's.
+    """
+    section = recipe.teacher
+    if section is None:
+        return None
+    model = _model(
+        {"model": section.model, "weights": str(weights) if weights else section.weights, **section.options},
+        data,
+    )
+    if model.class_names and data.class_names and tuple(model.class_names) != tuple(data.class_names):
+        raise UserError(
+            "the teacher's classes are not the data's, or lie in another order: see `tutelage check`"
+        )
+    return Live(model, section.mode)
+
+
+def assemble(
+    recipe: Recipe, *, teacher_weights: Path | None = None, runtime: Runtime | None = None
+) -> Assembled:
+    """Return the objects of a run; the student's first weights are a function of the seed alone.
+
+    Args:
+        recipe: validated.
+        teacher_weights: of a teacher that was fitted to the data first.
+        runtime: device and precision; the recipe's by default.
+
+    Raises:
+        UserError: for whatever is wrong with the recipe, the data or the models.
+    """
+    settings = recipe.train
+    runtime = runtime or Runtime(settings.device, settings.precision)
+    data = load_data(
+        recipe.data.model_dump(), seed=settings.seed, rank=ranks.rank(), world_size=ranks.world_size()
+    )
+    task = task_of(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
+    sample = data.sample()
+    per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)
+    total = settings.steps or max(1, round((settings.epochs or 0) * per_epoch))
+    facts = data.facts(total, settings.seed, settings.accumulate)
+
+    torch.manual_seed(mix(settings.seed, INIT))
+    student = _model(
+        {"model": recipe.student.model, "weights": recipe.student.weights, **recipe.student.options}, data
+    )
+    teacher = teacher_of(recipe, data, teacher_weights)
+    torch.manual_seed(mix(settings.seed, TERMS))
+    rebuilds: list[Rebuild] = []
+    lender = teacher.model if isinstance(teacher, Live) else None
+    for rebuild in roles_of(recipe.objective, Rebuild):
+        student = rebuild.begin(student, lender, task, facts, sample)
+        rebuilds.append(rebuild)
+    student.module.to(runtime.device)
+    for network in teacher.networks() if teacher else ():
+        network.to(runtime.device)
+    distiller = Distiller(
+        student,
+        build_objective(recipe.objective),
+        task=task,
+        teacher=teacher,
+        sample=sample,
+        facts=facts,
+        feeders=roles_of(recipe.objective, Feeder),
+    )
+    if settings.compile:
+        distiller.compile()
+    return Assembled(recipe, runtime, data, task, student, rebuilds, distiller, sample, total, per_epoch)
