@@ -380,8 +380,10 @@ def test_half_precision_extremes(dtype: torch.dtype) -> None:
         assert part.dtype == torch.float32
         assert part.item() == pytest.approx(apart, rel=1e-5)
     assert torch.autograd.grad(parts["feature"], student)[0].isfinite().all()
-    # a sum over the 2500 positions would not fit into half precision
+    # neither the sum over 2500 positions nor a mean between two neighbours fits into half precision
     assert pool(torch.full((1, 1, 50, 50), 1e4, dtype=dtype)).item() == pytest.approx(1e4, rel=4e-3)
+    step = torch.finfo(dtype).eps
+    assert pool(torch.tensor([1.0, 1.0 + step], dtype=dtype).view(1, 1, 1, 2)).item() == 1.0 + step / 2
 
 
 @pytest.mark.parametrize("form", ["map", "pooled"])

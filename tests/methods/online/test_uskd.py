@@ -137,6 +137,16 @@ def test_the_order_equals_the_loops(form: Form) -> None:
     np.testing.assert_array_equal(class_order(student, weak, index, form).numpy(), expected)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_sure_head_is_held_by_the_small_constant(form: Form) -> None:
+    # 1 - w_J is about 1e-6 here: another constant gives another order
+    student, weak = drawn(5, 60, 12, scale=0.5)
+    index = labels_for(5, 60, 12, soft=False)[:, None]
+    weak = weak.detach().scatter(1, index, 15.0)
+    expected = oracle.rank_classes(student.detach().numpy(), weak.numpy(), index.numpy(), form=FORMS[form])
+    np.testing.assert_array_equal(class_order(student, weak, index, form).numpy(), expected)
+
+
 def test_the_two_forms_rank_differently() -> None:
     student, weak = drawn(5, 40, 12)
     target = labels_for(5, 40, 12, soft=False)
