@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from tutelage.core import Batch, Distiller, Feeder, Live, Model, Rebuild, Task, Teacher, ranks
+from tutelage.core import Batch, Distiller, Live, Model, Rebuild, Task, Teacher, ranks
 from tutelage.core.error import UserError, nearest
 from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.functional.noise import mix
 from tutelage.models.load import load as load_model
 from tutelage.run.objective import build as build_objective
-from tutelage.run.objective import roles_of
+from tutelage.run.objective import feeders_of, rebuilds_of
 from tutelage.run.recipe import Recipe, TaskSection
 from tutelage.train.average import Average
 from tutelage.train.log import Log
@@ -136,14 +136,10 @@ def teacher_of(recipe: Recipe, data: Splits, weights: Path | None) -> Teacher | 
     section = recipe.teacher
     if section is None:
         return None
-    model = _model(
-        {"model": section.model, "weights": str(weights) if weights else section.weights, **section.options},
-        data,
-    )
+    chosen = str(weights) if weights else section.weights
+    model = _model({"model": section.model, "weights": chosen, **section.options}, data)
     if model.class_names and data.class_names and tuple(model.class_names) != tuple(data.class_names):
-        raise UserError(
-            "the teacher's classes are not the data's, or lie in another order: see `tutelage check`"
-        )
+        raise UserError("the teacher's classes are not the data's, or lie in another order")
     return Live(model, section.mode)
 
 
@@ -179,7 +175,7 @@ def assemble(
     torch.manual_seed(mix(settings.seed, TERMS))
     rebuilds: list[Rebuild] = []
     lender = teacher.model if isinstance(teacher, Live) else None
-    for rebuild in roles_of(recipe.objective, Rebuild):
+    for rebuild in rebuilds_of(recipe.objective):
         student = rebuild.begin(student, lender, task, facts, sample)
         rebuilds.append(rebuild)
     student.module.to(runtime.device)
@@ -192,7 +188,7 @@ def assemble(
         teacher=teacher,
         sample=sample,
         facts=facts,
-        feeders=roles_of(recipe.objective, Feeder),
+        feeders=feeders_of(recipe.objective),
     )
     if settings.compile:
         distiller.compile()

@@ -14,9 +14,8 @@ from tutelage.run.recipe import explain
 
 BINDING = ("method", "weight", "student", "teacher", "live")
 
-R = TypeVar("R", Feeder, Rebuild)
 T = TypeVar("T")
-ROLE_OPTIONS: dict[type[Any], str] = {Feeder: "feeder", Rebuild: "rebuild"}
+ROLE_OPTIONS = ("feeder", "rebuild")
 
 
 def schema(kind: type[Any]) -> type[BaseModel]:
@@ -40,9 +39,8 @@ def checked(kind: type[T], options: Mapping[str, Any], where: str) -> T:
     try:
         found = model.model_validate(dict(options))
     except ValidationError as error:
-        said = explain(error, model).replace(
-            "unknown key", f"unknown option of {kind.__module__.rpartition('.')[2]}"
-        )
+        stem = kind.__module__.rpartition(".")[2]
+        said = explain(error, model).replace("unknown key", f"unknown option of {stem}")
         raise UserError(f"{where}.{said}") from error
     try:
         return kind(**{key: getattr(found, key) for key in options})
@@ -85,7 +83,7 @@ def build(section: Mapping[str, Any]) -> Objective:
         block = dict(given) if isinstance(given, Mapping) else {"weight": given}
         where = f"objective.{label}"
         binding = {key: block.pop(key) for key in BINDING if key in block}
-        for word in ROLE_OPTIONS.values():
+        for word in ROLE_OPTIONS:
             block.pop(word, None)
         made = term(str(binding.pop("method", label)), block, where)
         try:
@@ -98,15 +96,25 @@ def build(section: Mapping[str, Any]) -> Objective:
         raise UserError(f"objective.task: {error}") from error
 
 
-def roles_of(section: Mapping[str, Any], role: type[R]) -> list[R]:
-    """Return the Feeders or Rebuilds that stand beside the terms of an objective, in its order.
+def feeders_of(section: Mapping[str, Any]) -> list[Feeder]:
+    """Return the feeders that stand beside the terms of an objective: see `_roles`."""
+    return _roles(section, Feeder, "feeder")
+
+
+def rebuilds_of(section: Mapping[str, Any]) -> list[Rebuild]:
+    """Return the changes of the student that stand beside the terms of an objective: see `_roles`."""
+    return _roles(section, Rebuild, "rebuild")
+
+
+def _roles(section: Mapping[str, Any], role: Any, word: str) -> list[Any]:
+    """Return what stands in another role beside the terms of an objective, in its order.
 
     Their options are a block of their own in the term's: `simkd: {weight: 1, rebuild: {factor: 4}}`.
 
     Raises:
         UserError: naming the place and the nearest valid option.
     """
-    word, found = ROLE_OPTIONS[role], []
+    found = []
     for label, given in section.items():
         if label == "task":
             continue
