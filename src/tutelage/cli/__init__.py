@@ -4,14 +4,18 @@
 import sys
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 
 from tutelage.core.error import UserError
 
+INTERRUPTED = 130
+#: typer's word for a call that does not fit the verb; where the class lies depends on its version
+UsageError: Any = typer.BadParameter.__bases__[0]
+
 app = typer.Typer(
     help="Teach a small model what a big one knows: tap, bridge, compare, train, export.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -28,12 +32,27 @@ for _verb in verbs():
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line. A mistake of the user's is one line and exit code 2; a crash is exit code 1."""
+    """Run the command line; without arguments it shows the help.
+
+    A mistake of the user's is one line and exit code 2, an interrupt exit code 130; a crash is a traceback
+    and exit code 1.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        app(args=arguments, standalone_mode=True)
+        code = app(args=given or ["--help"], prog_name="tutelage", standalone_mode=False)
     except UserError as error:
-        print(f"tutelage: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("tutelage: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
+        _stop(str(error), 2)
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        said = str(error.format_message()).rstrip(".").replace(". Did you mean", "; did you mean")
+        help_of = f"; see {context.command_path} --help" if context and not said.endswith("?") else ""
+        _stop(f"{said[0].lower()}{said[1:]}{help_of}", 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:  # which typer makes of an interrupt
+        _stop("stopped; the command of a run, given again, goes on from its last checkpoint", INTERRUPTED)
+
+
+def _stop(said: str, code: int) -> NoReturn:
+    print(f"tutelage: {' '.join(said.split())}", file=sys.stderr)
+    raise SystemExit(code)

@@ -17,7 +17,11 @@ def demo(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train baseline and method over paired seeds, and print both with spread, difference and wins."""
+    """Show what a method brings, on real digits.
+
+    Baseline and method are trained over paired seeds; printed are both with their spread, the difference
+    and the wins.
+    """
     from tutelage.run.demo import demo_recipe
 
     recipe = demo_recipe(stem)

@@ -25,7 +25,10 @@ def distill(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train a student from a teacher; the same command resumes a run that was stopped."""
+    """Train a student from a teacher.
+
+    The same command goes on with a run that was stopped, from its last checkpoint.
+    """
     from tutelage.run import quick
     from tutelage.run.recipe import load
 

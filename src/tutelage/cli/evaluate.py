@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tutelage evaluate`: score a run's student, or any model, on a split."""
+"""`tutelage evaluate`: score a run's student on a split."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,10 @@ def evaluate(
     split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
     as_json: Json = False,
 ) -> None:
-    """Score the student of a run; what is printed was computed now, not read from the run."""
+    """Score the student of a run.
+
+    What is printed was computed now, not read from the run.
+    """
     from tutelage.run.evaluate import evaluate as score
 
     scores = score(run, source=data, split=split)

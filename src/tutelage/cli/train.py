@@ -16,7 +16,10 @@ def train(
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Train the student on the labels alone: a recipe's teacher and objective are left out."""
+    """Train a student without a teacher: the baseline.
+
+    Of a recipe, the teacher and the objective are left out: the student learns from the labels alone.
+    """
     from tutelage.run import quick
     from tutelage.run.recipe import load
 
