@@ -2,7 +2,7 @@
 """From the objective section of a recipe to terms: a method's constructor is its schema."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from tutelage import methods
 from tutelage.core import Entry, Feeder, Objective, Rebuild, Term
 from tutelage.core.error import UserError
+from tutelage.core.schedule import Schedule
 from tutelage.run.recipe import explain
 
 BINDING = ("method", "weight", "student", "teacher", "live")
@@ -29,8 +30,14 @@ def schema(kind: type[Any]) -> type[BaseModel]:
     return create_model(kind.__name__, __config__=config, **fields)
 
 
-def checked(kind: type[T], options: Mapping[str, Any], where: str) -> T:
+def checked(kind: type[T], options: Mapping[str, Any], where: str, also: Sequence[str] = ()) -> T:
     """Return an instance made from the options of a recipe.
+
+    Args:
+        kind: a class whose constructor is the schema.
+        options: of the constructor.
+        where: their place in the recipe.
+        also: further words that are valid there.
 
     Raises:
         UserError: naming the place and the nearest valid option.
@@ -40,7 +47,7 @@ def checked(kind: type[T], options: Mapping[str, Any], where: str) -> T:
         found = model.model_validate(dict(options))
     except ValidationError as error:
         stem = kind.__module__.rpartition(".")[2]
-        said = explain(error, model).replace("unknown key", f"unknown option of {stem}")
+        said = explain(error, model, also).replace("unknown key", f"unknown option of {stem}")
         raise UserError(f"{where}.{said}") from error
     try:
         return kind(**{key: getattr(found, key) for key in options})
@@ -48,8 +55,14 @@ def checked(kind: type[T], options: Mapping[str, Any], where: str) -> T:
         raise UserError(f"{where}: {error}") from error
 
 
-def term(name: str, options: Mapping[str, Any], where: str) -> Term:
+def term(name: str, options: Mapping[str, Any], where: str, also: Sequence[str] = ()) -> Term:
     """Return a term by method name and options; an option may be a term itself, as `{method: STEM, ...}`.
+
+    Args:
+        name: of the method.
+        options: of its constructor.
+        where: their place in the recipe.
+        also: further words that are valid there.
 
     Raises:
         UserError: naming the place and the nearest valid option.
@@ -64,7 +77,7 @@ def term(name: str, options: Mapping[str, Any], where: str) -> Term:
         kind = methods.find(name)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    return checked(kind, made, where)
+    return checked(kind, made, where, also)
 
 
 def build(section: Mapping[str, Any]) -> Objective:
@@ -85,15 +98,21 @@ def build(section: Mapping[str, Any]) -> Objective:
         binding = {key: block.pop(key) for key in BINDING if key in block}
         for word in ROLE_OPTIONS:
             block.pop(word, None)
-        made = term(str(binding.pop("method", label)), block, where)
+        made = term(str(binding.pop("method", label)), block, where, (*BINDING, *ROLE_OPTIONS))
         try:
-            entries[label] = Objective({label: Entry(made, **binding)}).entries[label]
+            binding["weight"] = Schedule.parse(binding.get("weight", 1.0))
         except UserError as error:
             raise UserError(f"{where}.weight: {error}") from error
+        for word, kind in (("student", str), ("teacher", str), ("live", bool)):
+            if not isinstance(binding.get(word, kind()), kind):
+                what = "true or false" if kind is bool else "the name of a source"
+                raise UserError(f"{where}.{word}: should be {what}, not {binding[word]!r}")
+        entries[label] = Entry(made, **binding)
     try:
-        return Objective(entries, task=section.get("task", 0.0))
+        task = Schedule.parse(section.get("task", 0.0))
     except UserError as error:
         raise UserError(f"objective.task: {error}") from error
+    return Objective(entries, task=task)
 
 
 def feeders_of(section: Mapping[str, Any]) -> list[Feeder]:
@@ -119,7 +138,10 @@ def _roles(section: Mapping[str, Any], role: Any, word: str) -> list[Any]:
         if label == "task":
             continue
         block = given if isinstance(given, Mapping) else {}
-        kind = methods.role(str(block.get("method", label)), role)
+        try:
+            kind = methods.role(str(block.get("method", label)), role)
+        except UserError as error:
+            raise UserError(f"objective.{label}: {error}") from error
         if kind is not None:
             found.append(checked(kind, block.get(word, {}), f"objective.{label}.{word}"))
         elif word in block:

@@ -2,28 +2,49 @@
 """Everything one run needs, as data: read from YAML, validated against the code, saved resolved."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tutelage.core.error import UserError, nearest
+from tutelage.core.schedule import Span
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
+#: Sections that may be written as one word, and what the word is.
+WORDS = {"task": "name", "teacher": "model", "student": "model", "data": "source"}
+
+
+def _length(text: str) -> str:
+    Span.parse(text)
+    return text
+
+
+#: A length of training, such as "5 epochs" or "500 steps".
+Length = Annotated[str, BeforeValidator(str), AfterValidator(_length)]
 
 
 class Section(BaseModel):
     """A part of a recipe: an unknown key is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Open(BaseModel):
     """A part of a recipe whose further keys are options of what it names, checked by its constructor."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -104,7 +125,7 @@ class TrainSection(Section):
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
     end: float = 0.0
-    warmup: str | None = None
+    warmup: Length | None = None
     accumulate: int = Field(1, ge=1)
     clip: float | None = Field(None, gt=0)
     precision: Literal["float32", "bf16", "fp16"] = "float32"
@@ -113,11 +134,11 @@ class TrainSection(Section):
     device: str | None = None
     seed: int = 0
     log_every: int = Field(50, ge=1)
-    evaluate_every: str | None = None
-    save_every: str | None = "1 epochs"
+    evaluate_every: Length | None = None
+    save_every: Length | None = "1 epochs"
 
     @model_validator(mode="after")
-    def _length(self) -> "TrainSection":
+    def _one_length(self) -> "TrainSection":
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give the length once: epochs or steps")
         return self
@@ -149,8 +170,7 @@ class Recipe(Section):
     def _short(cls, given: Any) -> Any:
         """Accept `task: NAME`, `teacher: MODEL` and `student: MODEL`."""
         if isinstance(given, Mapping):
-            words = {"task": "name", "teacher": "model", "student": "model", "data": "source"}
-            given = {k: {words[k]: v} if k in words and isinstance(v, str) else v for k, v in given.items()}
+            given = {k: {WORDS[k]: v} if k in WORDS and isinstance(v, str) else v for k, v in given.items()}
         return given
 
     def plain(self) -> dict[str, Any]:
@@ -171,7 +191,11 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a word", key_node.start_mark
+                )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is written twice", key_node.start_mark
@@ -197,7 +221,7 @@ def read_yaml(text: str, where: str) -> dict[str, Any]:
         found = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f" line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise UserError(f"{where}{place}: {getattr(error, 'problem', None) or 'not YAML'}") from error
     if not isinstance(found, dict):
         raise UserError(f"{where}: a recipe is a mapping of sections")
@@ -239,19 +263,41 @@ def load(name: str, sets: Sequence[str] = ()) -> Recipe:
     return parse(_based(path), sets, where=path.name)
 
 
+def read_text(path: Path) -> str:
+    """Return the text of a file.
+
+    Raises:
+        UserError: if it cannot be read, or is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is no text" if isinstance(error, ValueError) else error.strerror
+        raise UserError(f"{path} cannot be read: {reason}") from error
+
+
 def _based(path: Path) -> dict[str, Any]:
-    """Return a recipe's mapping laid over that of its `base`, one level deep."""
-    found = read_yaml(path.read_text(encoding="utf-8"), path.name)
+    """Return a recipe's mapping laid over that of its `base`, section by section.
+
+    A section that both have is joined key by key, one level deep; an objective replaces the base's.
+    """
+    found = read_yaml(read_text(path), path.name)
     if "base" not in found:
         return found
-    base_path = path.parent / f"{found.pop('base')}.yaml"
-    if not base_path.exists():
-        base_path = locate(base_path.stem)
-    base = read_yaml(base_path.read_text(encoding="utf-8"), base_path.name)
+    name = str(found.pop("base"))
+    beside = path.parent / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    try:
+        base_path = beside if beside.exists() else locate(name)
+    except UserError as error:
+        raise UserError(f"{path.name}: base: {error}") from error
+    base = read_yaml(read_text(base_path), base_path.name)
     if "base" in base:
-        raise UserError(f"{path.name}: base {base_path.stem!r} has a base itself; one level only")
+        raise UserError(f"{path.name}: base: {name!r} has a base itself; one level only")
+    short = {key: {WORDS[key]: base[key]} for key in WORDS if isinstance(base.get(key), str)}
+    base = {**base, **short}
     both = (key for key in found if isinstance(found[key], dict) and isinstance(base.get(key), dict))
-    return {**base, **found, **{key: {**base[key], **found[key]} for key in both}}
+    joined = {key: {**base[key], **found[key]} for key in both if key != "objective"}
+    return {**base, **found, **joined}
 
 
 def parse(given: Mapping[str, Any], sets: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
@@ -280,41 +326,76 @@ def _set(recipe: dict[str, Any], change: str) -> None:
     for word in parents:
         below = place.get(word)
         if isinstance(below, (str, int, float)):  # the short form of a section, or a bare weight
-            below = {
-                "model" if word in ("teacher", "student") else "name" if word == "task" else "weight": below
-            }
+            below = {WORDS.get(word, "weight"): below}
+        if not isinstance(below, (dict, type(None))):
+            raise UserError(f"--set {change}: {word} holds a list, which has no keys; set it as a whole")
         place[word] = dict(below or {})
         place = place[word]
-    place[last] = yaml.load(value, _Loader)
+    try:
+        place[last] = yaml.load(value, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"--set {change}: the value is not YAML ({getattr(error, 'problem', error)})"
+        ) from error
 
 
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Return the faults of a validation as one line, each with its place and the nearest valid word."""
-    faults = []
+def explain(error: ValidationError, model: type[BaseModel], also: Collection[str] = ()) -> str:
+    """Return the faults of a validation as one line, each with its place and the nearest valid word.
+
+    Args:
+        error: of pydantic.
+        model: that refused.
+        also: further words that are valid at its top.
+    """
+    faults: dict[str, str] = {}
     for fault in error.errors():
-        place = ".".join(str(word) for word in fault["loc"])
-        if fault["type"] == "extra_forbidden":
-            home = _model_at(model, fault["loc"][:-1])
-            faults.append(
-                f"{place}: unknown key{nearest(str(fault['loc'][-1]), home.model_fields if home else ())}"
-            )
-        elif fault["type"] == "missing":
-            faults.append(f"{place}: missing")
-        else:
-            said = fault["msg"].removeprefix("Value error, ")
-            faults.append(f"{place + ': ' if place else ''}{said[0].lower()}{said[1:]}")
-    return "; ".join(faults)
+        words, kinds, home = _walk(model, fault["loc"])
+        place = ".".join(map(str, words))
+        if place not in faults:  # the branches of a union are faults of one place
+            faults[place] = _said(fault, kinds, home, also if home is model else ())
+    return "; ".join(f"{place}: {said}" if place else said for place, said in faults.items())
 
 
-def _model_at(model: type[BaseModel], place: Sequence[int | str]) -> type[BaseModel] | None:
-    """Return the section that a place in a recipe belongs to."""
-    for word in place:
-        found = model.model_fields.get(str(word))
-        if found is None:
-            return None
-        kinds = [found.annotation, *getattr(found.annotation, "__args__", ())]
-        below = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
-        if not below:
-            return None
-        model = below[0]
-    return model
+def _said(fault: Any, kinds: Sequence[Any], home: type[BaseModel] | None, also: Collection[str]) -> str:
+    """Return what is wrong in words of ours."""
+    given, kind = repr(fault["input"]), fault["type"]
+    given = given if len(given) < 60 else f"{given[:56]} ..."
+    if kind == "extra_forbidden":
+        return f"unknown key{nearest(str(fault['loc'][-1]), [*(home.model_fields if home else ()), *also])}"
+    if kind == "missing":
+        return "missing"
+    if kind == "literal_error":
+        valid = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
+        return f"{given} is not known{nearest(str(fault['input']), valid)}"
+    if len(kinds) > 1:
+        return f"{given} is none of {', '.join(getattr(one, '__name__', str(one)) for one in kinds)}"
+    if kind in ("model_type", "dict_type", "model_attributes_type"):
+        return f"should be a section with keys, not {given}"
+    said = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    if kind == "value_error":
+        return str(said)
+    said = said.partition(", ")[0].replace("a valid tuple", "a list")
+    return f"{said[0].lower()}{said[1:]}, not {given}"
+
+
+def _walk(
+    model: type[BaseModel], place: Sequence[int | str]
+) -> tuple[Sequence[int | str], list[Any], type[BaseModel] | None]:
+    """Follow the place of a fault through the sections.
+
+    Returns:
+        The place without pydantic's names for the branches of a union, what may stand there if it is such a
+        union, and the section that its last word belongs to.
+    """
+    home: type[BaseModel] | None = model
+    for number, word in enumerate(place[:-1]):
+        field = home.model_fields.get(str(word)) if home else None
+        if field is None:  # inside something free, such as a list
+            return place, [], None
+        found = field.annotation
+        kinds = list(get_args(found)) if get_origin(found) in (Union, UnionType) else [found]
+        kinds = [kind for kind in kinds if kind is not type(None)]
+        if len(kinds) > 1:
+            return place[: number + 1], kinds, home
+        home = kinds[0] if isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel) else None
+    return place, [], home
