@@ -250,19 +250,24 @@ class Distiller(nn.Module):
             self._unreached.append(candidates[name])
         return tuple(sorted(unreached))
 
+    def _losses(self, sources: Mapping[str, Signals], batch: Batch) -> dict[str, Tensor]:
+        """Return the task's loss over all students and each term, before any weight."""
+        tasks: list[Tensor] = []
+        for name in self.models:
+            loss = self.task.loss(sources[name].output, batch)
+            tasks += [loss] if isinstance(loss, Tensor) else loss.values()
+        losses = {"task": sum(tasks[1:], tasks[0])}
+        for label in self.objective.entries:
+            pair = self.objective.pair(label, sources, self.models)
+            parts = list(self.objective.compare(label, *pair, batch, self.step)[0].values())
+            losses[label] = sum(parts[1:], parts[0])
+        return losses
+
     def _reaching(self, sources: Mapping[str, Signals], batch: Batch) -> Tensor | None:
         """Sum everything that has a weight at some time."""
-        losses: list[Tensor] = []
-        if self.objective.final_weight("task"):
-            for name in self.models:
-                loss = self.task.loss(sources[name].output, batch)
-                losses += [loss] if isinstance(loss, Tensor) else loss.values()
-        for label in self.objective.entries:
-            if self.objective.final_weight(label):
-                pair = self.objective.pair(label, sources, self.models)
-                parts, _ = self.objective.compare(label, *pair, batch, 0)
-                losses += parts.values()
-        return sum(losses[1:], losses[0]) if losses else None
+        losses = self._losses(sources, batch)
+        weighted = [loss for label, loss in losses.items() if self.objective.final_weight(label)]
+        return sum(weighted[1:], weighted[0]) if weighted else None
 
     # --- the step ----------------------------------------------------------------------------------------
 
@@ -339,6 +344,26 @@ class Distiller(nn.Module):
         for teacher in self.teachers.values():
             teacher.follow(self.student)
         self.step += 1
+
+    def measure(self, batch: Batch, signals: Observed = None) -> dict[str, tuple[float, float]]:
+        """Return each loss's value and the norm of its gradient on the students, before any weight.
+
+        For a look before training, not for a step: it runs one backward a label and waits for the device.
+
+        Args:
+            batch: on the students' device.
+            signals: as in `forward`.
+        """
+        sources = self._read(batch, signals)
+        trained = [p for p in self.students.parameters() if p.requires_grad]
+        found = {}
+        for label, loss in self._losses(sources, batch).items():
+            gradients: tuple[Tensor | None, ...] = (None,)
+            if loss.requires_grad:
+                gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+            norms = [gradient.norm() for gradient in gradients if gradient is not None]
+            found[label] = (loss.item(), torch.stack(norms).norm().item() if norms else 0.0)
+        return found
 
     # --- around the step ---------------------------------------------------------------------------------
 

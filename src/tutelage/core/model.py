@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutelage.core.error import UserError, nearest
-from tutelage.core.tap import Tap, is_role
+from tutelage.core.tap import Tap, expand, is_role
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,17 @@ class Model:
             inputs = self.input.prepare(inputs, self.constants)
         return self.call(self.module, inputs) if self.call else self.module(inputs)
 
+    def expand(self, tap: Tap) -> tuple[Tap, ...]:
+        """Return the taps that a tap stands for: one for every index of `stages[*]`, else itself.
+
+        Raises:
+            UserError: if the model has no such role.
+        """
+        found = expand(tap.where, self.roles)
+        if not found:
+            raise UserError(self._missing(tap.where))
+        return tuple(replace(tap, where=where) for where in found)
+
     def resolve(self, tap: Tap) -> Tap:
         """Return a tap with its role replaced by a place in this model.
 
@@ -107,18 +118,21 @@ class Model:
             place = self.roles[where]
             own = {field: getattr(tap, field) for field in ("key", "call") if getattr(tap, field) is not None}
             return replace(place, **own)
+        if where == "classifier.weight" and "classifier" in self.modules:
+            return Tap(self.modules["classifier"], "weight")
         paths = [path for path, _ in self.module.named_modules(remove_duplicate=False)]
         if where in paths:
             return tap
-        kind = type(self.module).__name__
         if is_role(tap.where):
-            known = (
-                ", ".join(self.roles)
-                or "none (build it with tutelage.models.load or adapt, or name a module path)"
-            )
-            raise UserError(f"{kind} has no role {tap.where!r}; its roles: {known}")
+            raise UserError(self._missing(tap.where))
         known_places = [*self.roles, *filter(None, paths)]
+        kind = type(self.module).__name__
         raise UserError(f"no module or role {tap.where!r} in {kind}{nearest(tap.where, known_places)}")
+
+    def _missing(self, role: str) -> str:
+        nothing = "none (build it with tutelage.models.load or adapt, or name a module path)"
+        known = ", ".join(self.roles) or nothing
+        return f"{type(self.module).__name__} has no role {role!r}; its roles: {known}"
 
     def _counted(self, where: str) -> str:
         """Turn a negative index of a role into a positive one."""
@@ -128,6 +142,17 @@ class Model:
         back, _, tail = rest.partition("]")
         count = sum(1 for role in self.roles if role.startswith(f"{name}[") and role.endswith("]"))
         return f"{name}[{count - int(back)}]{tail}"
+
+    def lent(self, role: str) -> tuple[str, ...]:
+        """Return the roles of modules that a role stands for: one for every index of `stages[*].norm`.
+
+        Raises:
+            UserError: if the model has none.
+        """
+        found = expand(role, self.modules)
+        if not found:
+            raise UserError(self._lends_no(role))
+        return found
 
     def lend(self, role: str) -> nn.Module:
         """Return the module that carries a role, for a frozen copy.
@@ -139,5 +164,9 @@ class Model:
         try:
             return self.module.get_submodule(path)
         except AttributeError:
-            known = ", ".join(self.modules) or "none"
-            raise UserError(f"{type(self.module).__name__} lends no {role!r}; it lends: {known}") from None
+            raise UserError(self._lends_no(role)) from None
+
+    def _lends_no(self, role: str) -> str:
+        return (
+            f"{type(self.module).__name__} lends no {role!r}; it lends: {', '.join(self.modules) or 'none'}"
+        )

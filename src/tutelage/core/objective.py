@@ -13,7 +13,7 @@ from tutelage.core.card import Averages
 from tutelage.core.error import UserError
 from tutelage.core.schedule import Schedule
 from tutelage.core.signals import Signals
-from tutelage.core.tap import Tap
+from tutelage.core.tap import Tap, expand
 from tutelage.core.task import Task
 from tutelage.core.term import Draw, Outcome, Term
 
@@ -208,5 +208,11 @@ class Objective(nn.Module):
 def _with_views(sources: Mapping[str, Signals], source: str, taps: Sequence[Tap]) -> Signals:
     """Return a source's signals together with what a term reads of its other views."""
     base, name = sources[source], source.partition("@")[0]
-    others = {tap.name: sources[f"{name}@{tap.view}"][tap.plain.name] for tap in taps if tap.view}
+    others = {
+        f"{role}@{tap.view}": seen[role]
+        for tap in taps
+        if tap.view
+        for seen in (sources[f"{name}@{tap.view}"],)
+        for role in expand(tap.plain.name, seen.taps)
+    }
     return replace(base, taps={**base.taps, **others}) if others else base

@@ -27,7 +27,8 @@ class Reader:
         self.model, self.task = model, task
         wanted = tuple(taps)
         self.reads_logits = any(tap.where == "logits" for tap in wanted)
-        places = {tap.name: model.resolve(tap) for tap in wanted if tap.where != "logits"}
+        named = [one for tap in wanted if tap.where != "logits" for one in model.expand(tap)]
+        places = {tap.name: model.resolve(tap) for tap in named}
         self.recorder = Recorder(model.module, places)
         self.overwritten: tuple[str, ...] = ()
         self._forward: Callable[[Batch], tuple[Any, dict[str, Any]]] = self._plain

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from tutelage.core.error import UserError, nearest
 
-Shape = Literal["constant", "linear", "cosine"]
-KEYS = ("linear", "cosine", "until", "by")
+Shape = Literal["constant", "linear", "cosine", "step"]
+KEYS = ("linear", "cosine", "step", "until", "by")
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,11 @@ class Span:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A weight over time: constant, or a line or half cosine from `start` to `end`, constant afterwards.
+    """A weight over time: constant, or a line, a half cosine or one step from `start` to `end`, then constant.
 
-    Written in a recipe as a number, `{linear: [0, 1], until: 20 epochs}` or `{cosine: [1, 0]}`. Without
-    `until` it lasts the whole run; `by: epochs` holds it constant within an epoch.
+    Written in a recipe as a number, `{linear: [0, 1], until: 20 epochs}`, `{cosine: [1, 0]}` or
+    `{step: [0, 1], until: 0.1}`. `until` is a length, or a share of the run as a number; without it a line
+    lasts the whole run. `by: epochs` holds it constant within an epoch.
 
     Example:
         >>> ramp = Schedule.parse({"linear": [0, 1], "until": "4 steps"})
@@ -53,7 +54,7 @@ class Schedule:
     start: float
     end: float
     shape: Shape = "constant"
-    until: Span | None = None
+    until: Span | float | None = None
     by: Literal["steps", "epochs"] = "steps"
 
     @classmethod
@@ -69,9 +70,10 @@ class Schedule:
             for key in value:
                 if key not in KEYS:
                     raise UserError(f"unknown word {key!r} in a schedule{nearest(str(key), KEYS)}")
-            shapes: list[Shape] = [shape for shape in ("linear", "cosine") if shape in value]
+            known: tuple[Shape, ...] = ("linear", "cosine", "step")
+            shapes = [shape for shape in known if shape in value]
             if len(shapes) != 1:
-                raise UserError("a schedule has one shape: linear: [start, end] or cosine: [start, end]")
+                raise UserError("a schedule has one shape: linear, cosine or step, each [start, end]")
             try:
                 start, end = (float(number) for number in value[shapes[0]])
             except (TypeError, ValueError):
@@ -79,7 +81,9 @@ class Schedule:
             by = value.get("by", "steps")
             if by not in ("steps", "epochs"):
                 raise UserError(f"by: {by!r} is not known; valid: epochs, steps")
-            until = Span.parse(value["until"]) if "until" in value else None
+            until = _until(value["until"]) if "until" in value else None
+            if shapes[0] == "step" and until is None:
+                raise UserError("a step needs to know when: step: [0, 1], until: 20 epochs")
             return cls(start, end, shapes[0], until, by)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"a weight is a number or a schedule, not {value!r}")
@@ -94,9 +98,25 @@ class Schedule:
         """Return the value at a 0-based optimizer step."""
         if self.constant:
             return self.end
-        length = self.until.steps(steps_per_epoch) if self.until else float(total_steps)
+        length = float(total_steps)
+        if self.until is not None:
+            until = self.until
+            length = until * total_steps if isinstance(until, float) else until.steps(steps_per_epoch)
         now = step - step % steps_per_epoch if self.by == "epochs" else step
         progress = min(max(now / length, 0.0), 1.0) if length > 0 else 1.0
+        if self.shape == "step":
+            return self.start if progress < 1 else self.end
         if self.shape == "cosine":
             progress = (1 - math.cos(math.pi * progress)) / 2
         return self.start + (self.end - self.start) * progress
+
+
+def _until(value: Any) -> Span | float:
+    """Read a length, or a share of the run."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return Span.parse(value)
+    if not 0 <= value <= 1:
+        raise UserError(
+            f'until: {value} is no share of the run in [0, 1]; write "{value} epochs" for a length'
+        )
+    return float(value)

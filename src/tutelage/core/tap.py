@@ -2,7 +2,7 @@
 """A name for one tensor inside a model, and the hooks that read it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
@@ -13,14 +13,15 @@ from torch.utils.hooks import RemovableHandle
 
 from tutelage.core.error import UserError, nearest
 
-#: The vocabulary of roles. `models/` says where each lies in a model; `classifier` names a module.
+#: The vocabulary of roles. `models/` says where each lies in a model; `classifier` and `stages[i].norm` (the
+#: batch norm before a stage's last activation) name modules, `classifier.weight` is a parameter.
 ROLES = (
-    *("stem", "stages", "map", "pooled", "logits", "classifier", "blocks", "tokens", "cls"),
-    *("q", "k", "v", "patch_embed", "fpn", "head.cls", "head.box", "hidden"),
+    *("stem", "stages", "map", "pooled", "logits", "classifier", "classifier.weight", "blocks", "tokens"),
+    *("cls", "q", "k", "v", "patch_embed", "fpn", "head.cls", "head.box", "hidden"),
 )
-ROLE = re.compile(rf"({'|'.join(re.escape(role) for role in ROLES)})(\[(-?\d+)\])?(\.pre)?")
+ROLE = re.compile(rf"({'|'.join(re.escape(role) for role in ROLES)})(\[(-?\d+|\*)\])?(\.pre|\.norm)?")
 
-Side = Literal["output", "input"]
+Side = Literal["output", "input", "weight"]
 Layout = Literal["nchw", "nhwc", "tokens", "cls"]
 
 
@@ -29,8 +30,8 @@ class Tap:
     """One tensor inside a model.
 
     Args:
-        where: a role (`map`, `stages[-2]`) or a module path (`layer4.1.conv2`).
-        side: the module's `output` or its `input`.
+        where: a role (`map`, `stages[-2]`, `stages[*]` for every index) or a module path (`layer4.1.conv2`).
+        side: the module's `output`, its `input`, or the `weight` it is called with (a live parameter).
         key: which element of a tuple, or which keyword or dictionary entry; the first tensor by default.
         call: which call (0-based), for a module that runs more than once in a forward.
         layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens.
@@ -81,7 +82,7 @@ class Tap:
     @property
     def name(self) -> str:
         """How signals call the tensor: the place alone, or with what sets it apart."""
-        side = "" if self.side == "output" else ":input"
+        side = "" if self.side == "output" else f":{self.side}"
         key = "" if self.key is None else f"[{self.key!r}]"
         call = "" if self.call is None else f"#{self.call}"
         layout = "" if self.layout == "nchw" else f"({self.layout}{self.prefix or ''})"
@@ -99,6 +100,21 @@ class Tap:
 def is_role(where: str) -> bool:
     """Whether a place is written in the vocabulary of roles."""
     return ROLE.fullmatch(where) is not None
+
+
+def expand(where: str, known: Iterable[str]) -> tuple[str, ...]:
+    """Return the known names that a pattern stands for, by index; a name that is no pattern stands for itself.
+
+    Example:
+        >>> expand("stages[*]", ["stages[1]", "stages[0]", "stages[0].pre", "map"])
+        ('stages[0]', 'stages[1]')
+    """
+    head, star, tail = where.partition("[*]")
+    if not star:
+        return (where,)
+    index = re.compile(rf"{re.escape(head)}\[(\d+)\]{re.escape(tail)}")
+    found = {int(match[1]): name for name in known if (match := index.fullmatch(name))}
+    return tuple(found[number] for number in sorted(found))
 
 
 def _pick(value: Any, key: int | str | None) -> Any:
@@ -159,6 +175,8 @@ class Recorder:
             place = modules[tap.where]
             if tap.side == "input":
                 hook = place.register_forward_pre_hook(partial(self._before, name), with_kwargs=True)
+            elif tap.side == "weight":
+                hook = place.register_forward_hook(partial(self._beside, name))
             else:
                 hook = place.register_forward_hook(partial(self._after, name))
             self.handles.append(hook)
@@ -171,6 +189,10 @@ class Recorder:
     def _after(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
         if self.armed:
             self._keep(name, _pick(output, self.taps[name].key))
+
+    def _beside(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self.armed:  # read while the module runs: a sharded parameter is whole then
+            self._keep(name, getattr(module, "weight", None))
 
     def _keep(self, name: str, tensor: Any) -> None:
         if not isinstance(tensor, Tensor):

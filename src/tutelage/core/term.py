@@ -98,6 +98,10 @@ class Term(nn.Module):
         """
         raise NotImplementedError
 
+    def caveats(self, facts: Facts) -> tuple[str, ...]:
+        """Return where the method loses its meaning under these facts, a sentence each; for `check`."""
+        return ()
+
     def commit(self, kept: Mapping[str, Tensor]) -> None:
         """Remember what `forward` kept, joined over micro-batches and gathered over ranks."""
 
