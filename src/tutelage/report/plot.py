@@ -41,7 +41,7 @@ VARIABLES = {
     PAPER: ("surface", "#ffffff"),
     REFERENCE: ("series-0", "#6a737d"),
     SERIES[0]: ("series-1", "#1769d6"),
-    SERIES[1]: ("series-2", "#c0601a"),
+    SERIES[1]: ("series-2", "#b85b17"),
     SERIES[2]: ("series-3", "#0c5b3c"),
     SERIES[3]: ("series-4", "#a0188f"),
     SERIES[4]: ("series-5", "#5e3d02"),
@@ -389,10 +389,10 @@ def _drawing(
             }
         )
         figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
-        figure.patch.set_alpha(0)
+        figure.patch.set_visible(False)
         box = (left / WIDTH, bottom / height, 1 - (left + right) / WIDTH, 1 - (top + bottom) / height)
         axes = figure.add_axes(box)
-        axes.patch.set_alpha(0)
+        axes.patch.set_visible(False)
         for side in ("top", "left", "right"):
             axes.spines[side].set_visible(False)
         sheet = Sheet(axes)
@@ -406,20 +406,28 @@ def _drawing(
 def _inline(text: str, title: str) -> Markup:
     """Turn a file of matplotlib into an element of a page: no prolog, its own ids, variables for colours."""
     text = text[text.index("<svg") :]
-    text = re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(
+        r"\s*<(metadata|style).*?</\1>", "", text, flags=re.DOTALL
+    )  # its style is one for every element
     head, _, body = text.partition(">")
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None
     for sentinel, (variable, color) in VARIABLES.items():
         body = body.replace(sentinel, f"var(--{variable}, {color})")
-    body = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", body)
+    body = re.sub(
+        r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", body
+    )  # one property until matplotlib 3.10
+    body = re.sub(r" font-family: [^;\"]*;?", "", body)
+    body = re.sub(r' transform="rotate\(-?0 [^"]*"', "", body)
     used = set(re.findall(r"url\(#([^)]+)\)", body)) | set(re.findall(r'href="#([^"]+)"', body))
     mark = hashlib.sha256(f"{title}{body}".encode()).hexdigest()[:8]
     body = re.sub(r' id="([^"]+)"', lambda m: f' id="{mark}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r"url\(#", f"url(#{mark}-", body)
     body = re.sub(r'(?:xlink:)?href="#', f'href="#{mark}-', body)
-    name = Markup("<title>{}</title>").format(title)
-    return Markup(f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" {view[0]}>{name}{body}')
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" {view[0]} stroke-linejoin="round">'
+    )
+    return Markup(head) + Markup("<title>{}</title>").format(title) + Markup(body)
 
 
 def _empty(title: str) -> Plot:
