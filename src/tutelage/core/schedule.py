@@ -39,7 +39,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A weight over time: constant, or a line, a half cosine or one step from `start` to `end`, then constant.
+    """A weight over time: constant, or a line, half cosine or step from `start` to `end`, then constant.
 
     Written in a recipe as a number, `{linear: [0, 1], until: 20 epochs}`, `{cosine: [1, 0]}` or
     `{step: [0, 1], until: 0.1}`. `until` is a length, or a share of the run as a number; without it a line
@@ -114,7 +114,7 @@ class Schedule:
 def _until(value: Any) -> Span | float:
     """Read a length, or a share of the run."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return Span.parse(value)
+        return Span.parse(str(value))
     if not 0 <= value <= 1:
         raise UserError(
             f'until: {value} is no share of the run in [0, 1]; write "{value} epochs" for a length'

@@ -103,7 +103,7 @@ def is_role(where: str) -> bool:
 
 
 def expand(where: str, known: Iterable[str]) -> tuple[str, ...]:
-    """Return the known names that a pattern stands for, by index; a name that is no pattern stands for itself.
+    """Return the known names that a pattern stands for, by index; any other name stands for itself.
 
     Example:
         >>> expand("stages[*]", ["stages[1]", "stages[0]", "stages[0].pre", "map"])

@@ -87,7 +87,7 @@ class Live(Teacher):
     def plan(self, taps: Iterable[Tap], borrows: Iterable[str], task: Task, sample: Batch) -> Signals:
         """Set the hooks, copy the modules to be lent, and return the signals of a first forward."""
         self.close()
-        for role in (one for role in borrows for one in self.model.lent(role)):
+        for role in [name for wanted in borrows for name in self.model.lent(wanted)]:
             lent = copy.deepcopy(self.model.lend(role)).eval()
             self.borrowed[role] = lent.requires_grad_(False)
         self.reader = Reader(self.model, taps, task)
