@@ -4,11 +4,11 @@
 import errno
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -22,20 +22,28 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under a temporary name, sync it, then rename it: a reader sees all of it or nothing.
 
     Raises:
-        UserError: if the disk is full or the folder cannot be written; nothing is left behind.
+        UserError: if the disk is full or the folder cannot be written; nothing is left behind, and the file
+            that was there before is untouched.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        reason = "the disk is full" if full else str(error)
-        raise UserError(f"could not save {path.name}: {reason}; the previous file is untouched") from error
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise unwritten(path, error) from error
+
+
+def unwritten(path: Path, error: Exception) -> UserError:
+    """Return the line that says why a file could not be written."""
+    reason = getattr(error, "strerror", None) or str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason:
+        reason = "the disk is full; make room, then give the same command again"
+    return UserError(f"could not write {path}: {reason}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,9 +101,12 @@ def load(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             tree = (file.metadata() or {})["tree"]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
-    except (SafetensorError, OSError, KeyError) as error:
-        raise UserError(f"{path.name} is not a checkpoint of this program, or damaged ({error})") from error
-    return dict(_unpack(json.loads(tree), tensors))
+            return dict(_unpack(json.loads(tree), tensors))
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} is damaged, or no checkpoint of this program ({error}); remove it: the run goes on from "
+            "the one before, or from the start"
+        ) from error
 
 
 class Shelf:
@@ -119,26 +130,26 @@ class Shelf:
         for path in self.paths()[: -self.keep]:
             path.unlink()
 
-    def newest(self) -> dict[str, Any] | None:
-        """Return the newest state, or None."""
-        paths = self.paths()
-        return load(paths[-1]) if paths else None
+    @property
+    def newest(self) -> Path | None:
+        """The newest checkpoint, or None."""
+        return next(reversed(self.paths()), None)
 
 
 def require_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
     """Refuse a state dict that does not fit.
 
     Raises:
-        UserError: naming the missing, unexpected and misshapen keys.
+        UserError: naming the missing, unknown and misshapen keys.
     """
     missing = [key for key in expected if key not in given]
     unexpected = [key for key in given if key not in expected]
     misshapen = [
-        f"{key} {list(given[key].shape)} instead of {list(expected[key].shape)}"
+        f"{key}: {list(given[key].shape)}, not {list(expected[key].shape)}"
         for key in expected
         if key in given and given[key].shape != expected[key].shape
     ]
-    found = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    found = (("missing", missing), ("unknown", unexpected), ("of another shape", misshapen))
     said = [
         f"{len(keys)} {kind} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
         for kind, keys in found
@@ -148,14 +159,13 @@ def require_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], wha
         raise UserError(f"{what} does not fit: {'; '.join(said)}")
 
 
-def finite(state: Mapping[str, Any]) -> bool:
-    """Whether every floating tensor of a nested state is finite."""
-    for value in state.values():
-        if isinstance(value, Mapping):
-            if not finite(value):
-                return False
-        elif (
-            isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all())
-        ):
-            return False
-    return True
+def nonfinite(state: Any, path: str = "") -> Iterator[str]:
+    """Yield the place of every floating tensor of a nested state that is not finite."""
+    if isinstance(state, Mapping):
+        for key, part in state.items():
+            yield from nonfinite(part, f"{path}/{key}" if path else str(key))
+    elif isinstance(state, (list, tuple)):
+        for number, part in enumerate(state):
+            yield from nonfinite(part, f"{path}/{number}")
+    elif isinstance(state, Tensor) and state.is_floating_point() and not bool(state.isfinite().all()):
+        yield path

@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from tutelage.train.checkpoint import unwritten, write_text
+
 
 class Log:
     """Appends to `metrics.jsonl` and moves a progress bar.
@@ -44,7 +46,7 @@ class Log:
         self.progress.stop()
 
     def rewind(self, step: int) -> None:
-        """Drop the lines after a step: a resumed run writes them again."""
+        """Drop the lines after a step, and one that a kill cut: a resumed run writes them again."""
         if self.path is None or not self.path.exists():
             return
         kept = []
@@ -52,16 +54,24 @@ class Log:
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except (json.JSONDecodeError, KeyError, TypeError):  # a line cut by the kill
-                break
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            except (json.JSONDecodeError, KeyError, TypeError):
+                continue
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
-        """Append one line."""
-        if self.path is not None:
+        """Append one line.
+
+        Raises:
+            UserError: if it cannot be written.
+        """
+        if self.path is None:
+            return
+        try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        except OSError as error:
+            raise unwritten(self.path, error) from error
 
     def show(self, step: int, said: str = "") -> None:
         """Move the bar."""

@@ -2,7 +2,9 @@
 """The loop: accumulation, clipping, averaging of weights, evaluation, logs, and exact resume."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -12,12 +14,14 @@ from tutelage.core import Batch, Distiller, Losses, ranks
 from tutelage.core.error import UserError
 from tutelage.functional.noise import mix
 from tutelage.train.average import Average
-from tutelage.train.checkpoint import Shelf, finite, require_fit
+from tutelage.train.checkpoint import Shelf, load, nonfinite, require_fit
 from tutelage.train.log import Log
 from tutelage.train.rate import Rate
 from tutelage.train.runtime import Runtime
 
 DROPOUT = 0x0D  # salt of the generators' seed in a step
+NORM = "gradient norm"
+NEVER = 0  # steps are counted from 1 in records and messages
 
 
 class Batches(Protocol):
@@ -88,8 +92,10 @@ class Loop:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.broken: dict[str, Tensor] = {}
         self._resume()
+        self.never_finite = set(nonfinite(self.state()))  # such as a mask that a model keeps as a buffer
         call = self.runtime.wrap(self.distiller)
         self.distiller.train()
+        scores: dict[str, float] | None = None
         for batches in self._steps():
             step = self.distiller.step
             self._set_rates(step)
@@ -99,11 +105,15 @@ class Loop:
             last = done == self.total_steps
             if done % self.log_every == 0 or last:
                 self._write(losses, step)
-            if self.evaluate_every and done % self.evaluate_every == 0 and not last:
-                self._score()
-            if self.shelf and self.save_every and (done % self.save_every == 0 or last):
-                self._save()
-        return self._score()
+            due = bool(self.shelf and self.save_every and done % self.save_every == 0) or last
+            state = self._finite_state() if due else {}
+            if last or (self.evaluate_every and done % self.evaluate_every == 0):
+                scores = self._score()
+            if (
+                due and self.shelf and ranks.rank() == 0
+            ):  # after the lines of this step: they are not repeated
+                self.shelf.put(done, state)
+        return self._scores() if scores is None else scores
 
     @property
     def steps_per_epoch(self) -> int:
@@ -154,24 +164,36 @@ class Loop:
 
     def _note(self, losses: list[Losses], norm: Tensor | None, step: int) -> None:
         """Remember on the device the first step at which each number was not finite."""
-        found = {f"loss of {name}": value for one in losses for name, value in one.parts.items()}
+        found = [(f"loss of {name}", value) for one in losses for name, value in one.parts.items()]
         if norm is not None and self.runtime.scaler is None:  # fp16 skips such steps by itself
-            found["gradient norm"] = norm
-        for name, value in found.items():
-            first = self.broken.setdefault(name, torch.full((), -1, device=value.device))
-            self.broken[name] = torch.where((first < 0) & ~value.isfinite(), step, first)
+            found.append((NORM, norm))
+        for name, value in found:
+            first = self.broken.setdefault(name, torch.full((), NEVER, device=value.device))
+            self.broken[name] = torch.where((first == NEVER) & ~value.isfinite(), step + 1, first)
 
     def _require_finite(self) -> None:
         firsts = {name: int(value) for name, value in self.broken.items()}
-        bad = [(step, name) for name, step in firsts.items() if step >= 0]
+        bad = [(step, name == NORM, name) for name, step in firsts.items() if step != NEVER]
         if bad:
-            step, name = min(bad)
-            kept = self.shelf.paths() if self.shelf else []
-            resume = f"; the last finite checkpoint is {kept[-1].name}" if kept else ""
-            raise DivergedError(
-                f"the {name} was not finite at step {step}: lower the learning rate, clip gradients "
-                f"(train.clip), or lower the term's weight{resume}"
-            )
+            step, _, name = min(bad)  # a loss before the norm that it spoils
+            raise self._diverged(f"the {name}", step)
+
+    def _diverged(self, what: str, step: int) -> DivergedError:
+        newest = self.shelf.newest if self.shelf else None
+        kept = f"; the last finite checkpoint is {newest}" if newest else ""
+        return DivergedError(
+            f"{what} is not finite at step {step}: lower optimizer.lr, clip gradients (train.clip), or lower "
+            f"the weight of the term{kept}"
+        )
+
+    def _finite_state(self) -> dict[str, Any]:
+        """Return the state; one that is not finite is refused."""
+        self._require_finite()
+        state = self.state()
+        bad = [name for name in nonfinite(state) if name not in self.never_finite]
+        if bad:
+            raise self._diverged(bad[0].replace("/", " ", 1), self.distiller.step)
+        return state
 
     # --- records -----------------------------------------------------------------------------------------
 
@@ -184,17 +206,17 @@ class Loop:
         if ranks.rank() == 0:
             self.log.write("train", step + 1, values)
 
-    def _score(self) -> dict[str, float]:
+    def _scores(self) -> dict[str, float]:
         if self.evaluate is None:
             return {}
-        if self.average is not None:
-            with self.average.applied():
-                scores = dict(self.evaluate())
-        else:
+        with self.average.applied() if self.average is not None else nullcontext():
             scores = dict(self.evaluate())
         self.distiller.train()
-        if ranks.rank() == 0:
-            step = self.distiller.step
+        return scores
+
+    def _score(self) -> dict[str, float]:
+        scores, step = self._scores(), self.distiller.step
+        if scores and ranks.rank() == 0:
             self.log.write("evaluation", step, {"epoch": step / self.steps_per_epoch, **scores})
         return scores
 
@@ -209,28 +231,31 @@ class Loop:
             "rates": self.base_rates,
             "average": self.average.weights if self.average else None,
             "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
+            "feeders": [feeder.state() for feeder in self.distiller.feeders],
         }
 
-    def _save(self) -> None:
-        self._require_finite()
-        state = self.state()
-        if not finite(state["distiller"]):
-            raise DivergedError(
-                f"a weight is not finite at step {self.distiller.step}; the state was not saved"
-            )
-        if ranks.rank() == 0 and self.shelf:
-            self.shelf.put(self.distiller.step, state)
-
     def _resume(self) -> None:
-        state = self.shelf.newest() if self.shelf else None
-        if state is None:
-            return
-        require_fit(state["distiller"], self.distiller.state_dict(), "the checkpoint")
-        self.distiller.load_state_dict(state["distiller"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.base_rates = state["rates"]
-        if self.average is not None and state["average"] is not None:
-            self.average.load(state["average"])
-        if self.runtime.scaler is not None and state["scaler"] is not None:
-            self.runtime.scaler.load_state_dict(state["scaler"])
-        self.log.rewind(self.distiller.step)
+        path = self.shelf.newest if self.shelf else None
+        if path is not None:
+            self._restore(load(path), path)
+        if ranks.rank() == 0:
+            self.log.rewind(self.distiller.step)
+
+    def _restore(self, state: dict[str, Any], path: Path) -> None:
+        try:
+            require_fit(state["distiller"], self.distiller.state_dict(), str(path))
+            self.distiller.load_state_dict(state["distiller"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.base_rates = state["rates"]
+            if self.average is not None:
+                self.average.load(state["average"])
+            if self.runtime.scaler is not None:
+                self.runtime.scaler.load_state_dict(state["scaler"])
+            for feeder, held in zip(self.distiller.feeders, state["feeders"], strict=True):
+                feeder.load(held)
+        except UserError:
+            raise
+        except (KeyError, ValueError, TypeError) as error:
+            raise UserError(
+                f"{path} does not fit this run ({error}); remove it to go on without it"
+            ) from error

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers by name: torch's own, then timm's."""
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from tutelage.core.error import UserError, nearest
 
-TORCH = {
+TORCH: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
@@ -29,18 +30,27 @@ def build(name: str, groups: Sequence[dict[str, Any]], *, lr: float, **options: 
         UserError: on an unknown name or option.
     """
     lowered = name.lower()
+    kind = TORCH.get(lowered) or _from_timm(lowered)
+    known = [word for word in inspect.signature(kind).parameters if word not in ("self", "params")]
+    for word in options:
+        if word not in known:
+            raise UserError(f"optimizer.{word}: unknown option of {name}{nearest(word, known)}")
     try:
-        if lowered in TORCH:
-            made: torch.optim.Optimizer = TORCH[lowered](groups, lr=lr, **options)
-            return made
-        from timm.optim import get_optimizer_class, list_optimizers
-
-        if lowered not in list_optimizers():
-            raise UserError(
-                f"optimizer.name: unknown optimizer {name!r}{nearest(lowered, [*TORCH, *list_optimizers()])}"
-            )
-        return get_optimizer_class(lowered)(groups, lr=lr, **options)  # type: ignore[no-any-return]
-    except (TypeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        made: torch.optim.Optimizer = kind(groups, lr=lr, **options)
+    except (TypeError, ValueError, IndexError) as error:
         raise UserError(f"optimizer: {name} refuses these options: {error}") from error
+    return made
+
+
+def _from_timm(name: str) -> Callable[..., torch.optim.Optimizer]:
+    from timm.optim import get_optimizer_class, list_optimizers
+
+    if name not in list_optimizers():
+        raise UserError(
+            f"optimizer.name: unknown optimizer {name!r}{nearest(name, [*TORCH, *list_optimizers()])}"
+        )
+    try:
+        found: Callable[..., torch.optim.Optimizer] = get_optimizer_class(name)
+    except AssertionError as error:  # some need a GPU
+        raise UserError(f"optimizer.name: {name} cannot be used here ({error})") from error
+    return found

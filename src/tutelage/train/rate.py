@@ -51,11 +51,8 @@ class Rate:
             [0.25, 0.5, 1.0, 0.5, 0.0]
         """
         if step < self.warmup:
-            return (
-                self.warmup_start + (1 - self.warmup_start) * (step + 1) / self.warmup
-                if self.warmup > 1
-                else 1.0
-            )
+            risen = min((step + 1) / self.warmup, 1.0)  # an epoch's share may end between two steps
+            return self.warmup_start + (1 - self.warmup_start) * risen
         progress = min((step - self.warmup) / max(self.total_steps - self.warmup, 1), 1.0)
         if self.decay == "cosine":
             return self.end + (1 - self.end) * (1 + math.cos(math.pi * progress)) / 2
