@@ -3,15 +3,20 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
 
 from tutelage.core import Batch, Facts
 from tutelage.core.error import UserError, nearest
+from tutelage.data import augment
 from tutelage.data.loader import Loader
-from tutelage.data.samples import Samples, stratified
+from tutelage.data.mix import Mix
+from tutelage.data.samples import Joined, Samples, stratified, without
 
+#: Seed of a validation split the source does not make: apart from any run's.
+SPLIT_SEED = 11
 #: Sets by split: train, validation and, where there is one, test.
 Sets = dict[str, Samples]
 
@@ -65,20 +70,27 @@ class Spec:
     """The words of a recipe's `data` section.
 
     Args:
-        source: `digits`, a folder, or `kind:place`.
+        source: `digits`, a folder, `folder:PATH`, `cifar10:PATH`, `cifar100:PATH`, `idx:PATH`,
+            `torchvision:NAME` or `torchvision:NAME:PATH`, or `hf:PATH_OR_NAME`.
         labels: so many training images (or this share of them) stay labelled; None keeps all labels.
         label_seed: chooses which; apart from the run's seed.
         unlabelled: a folder of further images without labels.
-        validation_share: held out for validation where the source has no split.
+        validation_share: held out for validation where the source has no split for it.
         batch_size: samples a step, over all ranks.
         labelled_per_batch: see `Loader`.
         workers: reading processes.
         augment: see `tutelage.data.augment.build`.
+        views: further augmentations of the same images, by the name of the view.
         image_size: pixels of a square, or (height, width), to which images are brought.
         mixup: alpha of the Beta distribution, 0 for none.
         cutmix: the same.
         repeats: views of a sample in one epoch.
-        on_error: `raise` or `skip`.
+        on_error: `raise` or `skip`, for files that cannot be read.
+        channels: of images read from files: 3 or 1.
+        allow_duplicates: accept training files among those a score is taken on.
+        download: let `torchvision:` and `hf:` fetch what is not there.
+        image_column: of an `hf:` set.
+        label_column: of an `hf:` set.
     """
 
     source: str
@@ -90,12 +102,17 @@ class Spec:
     labelled_per_batch: int | None = None
     workers: int = 0
     augment: Any = None
-    image_size: Any = None
+    views: Mapping[str, Any] = field(default_factory=dict)
+    image_size: int | tuple[int, int] | None = None
     mixup: float = 0.0
     cutmix: float = 0.0
     repeats: int = 1
     on_error: Literal["raise", "skip"] = "raise"
-    options: Mapping[str, Any] = field(default_factory=dict)
+    channels: Literal[1, 3] = 3
+    allow_duplicates: bool = False
+    download: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
 
     @classmethod
     def parse(cls, given: "Mapping[str, Any] | str") -> "Spec":
@@ -110,7 +127,7 @@ class Spec:
         for word in given:
             if word not in words:
                 raise UserError(f"data.{word} is not known{nearest(str(word), words)}")
-        if "source" not in given:
+        if not given.get("source"):
             raise UserError(f"data.source is missing: {', '.join(SOURCES)}, or a folder")
         return cls(**given)
 
@@ -122,8 +139,63 @@ def _digits(place: str, spec: Spec) -> Sets:
     return {"train": train, "validation": validation}
 
 
-#: Reads a kind of source: what stands after the colon, and the section.
-SOURCES: dict[str, Callable[[str, Spec], Sets]] = {"digits": _digits}
+def _folder(place: str, spec: Spec) -> Sets:
+    from tutelage.data.folder import folder
+
+    found = folder(
+        place,
+        validation_share=spec.validation_share,
+        channels=spec.channels,
+        allow_duplicates=spec.allow_duplicates,
+    )
+    return dict(found)
+
+
+def _cifar10(place: str, spec: Spec) -> Sets:
+    from tutelage.data.cifar import cifar
+
+    train, test = cifar(place, "cifar10")
+    return {"train": train, "validation": test}
+
+
+def _cifar100(place: str, spec: Spec) -> Sets:
+    from tutelage.data.cifar import cifar
+
+    train, test = cifar(place, "cifar100")
+    return {"train": train, "validation": test}
+
+
+def _idx(place: str, spec: Spec) -> Sets:
+    from tutelage.data.idx import idx
+
+    train, test = idx(place)
+    return {"train": train, "validation": test}
+
+
+def _torchvision(place: str, spec: Spec) -> Sets:
+    from tutelage.data.torchvision import torchvision
+
+    name, _, root = place.partition(":")
+    return dict(torchvision(name, root or "data", download=spec.download))
+
+
+def _hub(place: str, spec: Spec) -> Sets:
+    from tutelage.data.hub import hub
+
+    return dict(hub(place, image=spec.image_column, label=spec.label_column, download=spec.download))
+
+
+#: Reads a kind of source: what stands after the colon, and the section. Sets without a validation split give
+#: their test split as that.
+SOURCES: dict[str, Callable[[str, Spec], Sets]] = {
+    "digits": _digits,
+    "folder": _folder,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "idx": _idx,
+    "torchvision": _torchvision,
+    "hf": _hub,
+}
 
 
 def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> Splits:
@@ -146,19 +218,29 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
     section = Spec.parse(spec)
     sets = _read(section)
     train = _fewer_labels(sets["train"], section)
+    if section.unlabelled is not None:
+        train = _with_unlabelled(train, section)
+    plain = augment.build(section.augment, train=False, size=section.image_size)
     alike: dict[str, Any] = {"seed": seed, "workers": section.workers, "on_error": section.on_error}
     alike |= {"rank": rank, "world_size": world_size}
     held_out = {
-        name: Loader(sets[name], section.batch_size, train=False, **alike)
+        name: Loader(sets[name], section.batch_size, train=False, transform=plain, **alike)
         for name in ("validation", "test")
         if name in sets
+    }
+    views = {
+        name: augment.build(steps, train=True, size=section.image_size) or augment.Pipeline(())
+        for name, steps in section.views.items()
     }
     loader = Loader(
         train,
         section.batch_size,
         train=True,
+        transform=augment.build(section.augment, train=True, size=section.image_size),
+        views=views,
         labelled_per_batch=section.labelled_per_batch,
         repeats=section.repeats,
+        mixing=_mixing(section, len(train.class_names)),
         **alike,
     )
     return Splits(loader, held_out["validation"], held_out.get("test"))
@@ -167,8 +249,42 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
 def _read(spec: Spec) -> Sets:
     kind, _, place = spec.source.partition(":")
     if kind not in SOURCES:
-        raise UserError(f"data.source {spec.source!r} is not known{nearest(kind, SOURCES)}")
-    return SOURCES[kind](place, spec)
+        looks_like_path = "/" in spec.source or Path(spec.source).exists() or spec.source.startswith(".")
+        if not looks_like_path:
+            raise UserError(
+                f"data.source {spec.source!r} is neither a folder nor a known kind{nearest(kind, SOURCES)}"
+            )
+        kind, place = "folder", spec.source
+    elif kind != "digits" and not place:
+        raise UserError(f"data.source: write {kind}:{'NAME' if kind in ('torchvision', 'hf') else 'PATH'}")
+    sets = SOURCES[kind](place, spec)
+    if "validation" not in sets:
+        train = sets["train"]
+        if not 0 < spec.validation_share < 1:
+            raise UserError(
+                f"{spec.source} has no validation split: data.validation_share must lie in (0, 1), "
+                f"not {spec.validation_share}"
+            )
+        count = max(round(spec.validation_share * len(train)), len(train.class_names))
+        held_out = stratified(train.targets, count, SPLIT_SEED)
+        sets = {
+            **sets,
+            "train": train.keep(without(len(train), held_out)),
+            "validation": train.keep(held_out),
+        }
+    return sets
+
+
+def _mixing(spec: Spec, num_classes: int) -> Mix | None:
+    wanted = spec.mixup or spec.cutmix
+    return Mix(num_classes, mixup=spec.mixup, cutmix=spec.cutmix) if wanted else None
+
+
+def _with_unlabelled(train: Samples, spec: Spec) -> Samples:
+    from tutelage.data.folder import unlabelled
+
+    assert spec.unlabelled is not None
+    return Joined.of(train, unlabelled(spec.unlabelled, train.class_names, train.read(0).shape[0]))
 
 
 def _fewer_labels(train: Samples, spec: Spec) -> Samples:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tutelage.core import Batch
 from tutelage.core.error import UserError
-from tutelage.data.samples import Held, Samples
+from tutelage.data.samples import Held, Samples, to_unit
 from tutelage.functional.noise import keys, mix
 
 #: Images `[B, C, H, W]` and the keys of their augmentation `[B]` to images.
@@ -300,11 +300,6 @@ class _Fetches(Dataset[Fetched]):
 def permutation(size: int, key: int) -> Tensor:
     """Return a permutation of `range(size)` that is a function of its key."""
     return keys(key, torch.arange(size)).argsort(stable=True)
-
-
-def to_unit(images: Tensor) -> Tensor:
-    """Return pixels as float in [0, 1]."""
-    return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 
 def joined_images(images: Sequence[Tensor], names: Sequence[str]) -> Tensor:

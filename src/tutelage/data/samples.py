@@ -87,6 +87,61 @@ class Arrays:
         return replace(self, targets=targets)
 
 
+@final
+@dataclass(frozen=True)
+class Joined:
+    """Several sets of the same classes, one after the other.
+
+    Args:
+        parts: the sets.
+        place: `[N, 2]` which set, and which of its samples.
+        targets: `[N]` int64.
+    """
+
+    parts: tuple[Samples, ...]
+    place: Tensor
+    targets: Tensor
+
+    @classmethod
+    def of(cls, *parts: Samples) -> "Joined":
+        """Return the sets as one."""
+        spans = [torch.arange(len(part)) for part in parts]
+        which = torch.cat([torch.full_like(span, number) for number, span in enumerate(spans)])
+        return cls(
+            parts, torch.stack([which, torch.cat(spans)], 1), torch.cat([part.targets for part in parts])
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names by class index: those of the first set."""
+        return self.parts[0].class_names
+
+    def __len__(self) -> int:
+        return len(self.place)
+
+    def _at(self, index: int) -> tuple[Samples, int]:
+        part, place = self.place[index].tolist()
+        return self.parts[part], place
+
+    def read(self, index: int) -> Tensor:
+        """Return one image `[C, H, W]`."""
+        part, place = self._at(index)
+        return part.read(place)
+
+    def name(self, index: int) -> str:
+        """Return the sample's name in its own set."""
+        part, place = self._at(index)
+        return part.name(place)
+
+    def keep(self, index: Tensor) -> "Joined":
+        """Return the set of these samples, in this order."""
+        return replace(self, place=self.place[index], targets=self.targets[index])
+
+    def relabel(self, targets: Tensor) -> "Joined":
+        """Return the same samples with other targets."""
+        return replace(self, targets=targets)
+
+
 def stratified(targets: Tensor, count: int, seed: int) -> Tensor:
     """Return sample ids, the same share of every class.
 
@@ -135,3 +190,8 @@ def without(size: int, index: Tensor) -> Tensor:
 def class_words(numbers: Sequence[int]) -> tuple[str, ...]:
     """Return class numbers as names, for sets that name none."""
     return tuple(str(number) for number in numbers)
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """Return pixels as float in [0, 1]."""
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
