@@ -42,8 +42,8 @@ def adapt(
     Example:
         >>> body = [nn.Conv2d(1, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
         >>> model = adapt(nn.Sequential(*body, nn.Linear(4, 2)), torch.zeros(1, 1, 8, 8))
-        >>> model.roles["map"].where, model.roles["pooled"], model.modules["classifier"]
-        ('1', Tap(where='4', side='input', key=None, call=None, layout='nchw', prefix=0), '4')
+        >>> model.roles["map"].name, model.roles["pooled"].name, model.modules["classifier"]
+        ('1', '4:input', '4')
     """
     found = places.Roles()
     if sample_inputs is not None:
@@ -51,8 +51,9 @@ def adapt(
             module, sample_inputs, call=call, prefix=prefix, classifier=classifier, stages=stages
         )
     given = {role: Tap.parse(place) for role, place in (roles or {}).items()}
-    modules = {**found.modules, **{role: tap.where for role, tap in given.items() if role == "classifier"}}
-    taps = {**found.taps, **{role: tap for role, tap in given.items() if role != "classifier"}}
+    lent = {role: tap.where for role, tap in given.items() if role == "classifier" or role.endswith(".norm")}
+    modules = {**found.modules, **lent}
+    taps = {**found.taps, **{role: tap for role, tap in given.items() if role not in lent}}
     return Model(module, taps, modules, input, tuple(class_names), call)
 
 

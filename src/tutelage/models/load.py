@@ -9,6 +9,7 @@ import torch
 
 from tutelage.core import InputSpec, Model
 from tutelage.core.error import UserError, nearest
+from tutelage.core.rebuild import repeated
 from tutelage.models import run, weights
 from tutelage.models.adapt import adapt, blank
 from tutelage.models.source import Built, Wanted
@@ -125,7 +126,7 @@ def _student(
     if "roles" in given:
         spec = record["model"] if isinstance(record["model"], Mapping) else {"model": record["model"]}
         record["model"] = {**spec, "roles": {**spec.get("roles", {}), **given["roles"]}}
-    model = rebuild(record)
+    model = repeated(rebuild(record), record.get("rebuilds", ()))
     weights.fit(model.module, weights.read(file), file)
     return model
 

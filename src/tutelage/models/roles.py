@@ -45,7 +45,8 @@ def find(
     - `classifier`: the last linear layer or 1x1 convolution whose outputs are the logits; `pooled`: its input
     - `map`: the last map of more than one pixel; `stages[i]`: the last map at each resolution, where a block
       that changes the resolution belongs to the new one as a whole; `stages[i].pre`: the input of the
-      activation that ends stage i, if one does; `stem`: what the first block takes
+      activation that ends stage i, if one does; `stages[i].norm`: the batch norm before it; `stem`: what the
+      first block takes
     - `blocks[i]`: tokens after each of a row of modules that keep the shape `[B, L, D]`, prefix tokens left
       out; `tokens`: the same after the norm that follows; `cls[i]`: the first prefix token of each block;
       `patch_embed[0]`: what the first block's tokens are made from
@@ -73,7 +74,7 @@ def find(
     taps |= _tokens(root, before, prefix)
     if "tokens" not in taps and images.ndim == 4:
         taps |= _maps(root, images, before, stages)
-    return Roles(taps, modules)
+    return Roles(taps, {**modules, **_norms(root, taps)})
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -244,6 +245,31 @@ def _ending_activation(call: Call) -> Call | None:
                 return inner
             return _ending_activation(inner) if inner is not call else None
     return None
+
+
+def _norms(root: Call, taps: Mapping[str, Tap]) -> dict[str, str]:
+    """Return the batch norm before each stage's last activation: of the branch, where a shortcut is added."""
+    calls = list(root.walk())
+    found = {}
+    for role, tap in taps.items():
+        if not role.endswith(".pre"):
+            continue
+        end = next(n for n, c in enumerate(calls) if c.path == tap.where and c.number == (tap.call or 0))
+        block = next((c for c in calls[end:] if calls[end] in c.inner), root)
+        aside = {id(c) for inner in block.inner if inner.taken is block.taken for c in inner.walk()}
+        norms = [
+            c
+            for c in calls[:end]
+            if isinstance(c.module, nn.modules.batchnorm._BatchNorm) and _like(c.given, calls[end].taken)
+        ]
+        direct = [c for c in norms if c.given is calls[end].taken]
+        last = (direct or [c for c in norms if id(c) not in aside] or norms)[-1:]
+        found |= {role.removesuffix(".pre") + ".norm": c.path for c in last}
+    return found
+
+
+def _like(one: Tensor | None, other: Tensor | None) -> bool:
+    return one is not None and other is not None and one.shape == other.shape
 
 
 # --- tokens ----------------------------------------------------------------------------------------------
