@@ -51,3 +51,24 @@ def compared_text(compared: Any) -> None:
     for line in (verdict.sentence, *verdict.details):
         console.print(line, highlight=False)
     console.print(f"\n{compared.folder}/report.html", highlight=False)
+
+
+def checked_text(found: Any) -> None:
+    """Print what `check` found."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for table in (found.dry_run.signals(), found.dry_run.bridges(), found.table()):
+        if table.rows:
+            console.print(table.rich())
+    for source, pixels in found.inputs.items():
+        console.print(f"{source} takes {pixels}", highlight=False)
+    if found.teacher is not None:
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in found.teacher.items())
+        console.print(f"teacher on a few validation batches: {scores}", highlight=False)
+    for heading, names in found.dry_run.remarks:
+        console.print(f"{heading}: {', '.join(names)}", highlight=False)
+    for said in found.remarks:
+        console.print(f"look: {said}", highlight=False)
+    memory = f", {found.memory / 2**30:.1f} GiB on the device" if found.memory else ""
+    console.print(f"{found.steps} steps, about {found.seconds / 60:.1f} minutes{memory}", highlight=False)

@@ -9,6 +9,8 @@ import typer
 from tutelage.cli._show import Json, Quiet, Sets, finished, remark
 
 Student = Annotated[str | None, typer.Option(help="The model that learns, e.g. timm:resnet18.")]
+Teacher = Annotated[str | None, typer.Option(help="The model that knows, e.g. timm:resnet34.")]
+Method = Annotated[str | None, typer.Option(help="Methods joined with +, e.g. kd+mgd.")]
 Data = Annotated[str | None, typer.Option(help="Where the samples are: a folder, digits, cifar100:PATH, ...")]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")]
 Named = Annotated[str | None, typer.Argument(help="A recipe: a YAML file or the name of a shipped one.")]
@@ -16,10 +18,10 @@ Named = Annotated[str | None, typer.Argument(help="A recipe: a YAML file or the 
 
 def distill(
     recipe: Named = None,
-    teacher: Annotated[str | None, typer.Option(help="The model that knows, e.g. timm:resnet34.")] = None,
+    teacher: Teacher = None,
     student: Student = None,
     data: Data = None,
-    method: Annotated[str | None, typer.Option(help="Methods joined with +, e.g. kd+mgd.")] = None,
+    method: Method = None,
     out: Out = None,
     sets: Sets = [],  # noqa: B006  (typer reads the default)
     quiet: Quiet = False,
@@ -29,15 +31,9 @@ def distill(
 
     The same command goes on with a run that was stopped, from its last checkpoint.
     """
-    from tutelage.run import quick
-    from tutelage.run.recipe import load
+    from tutelage.run.quick import asked
 
-    if recipe:
-        flags = quick.overrides(student=student, data=data, teacher=teacher, method=method)
-        chosen, name = load(recipe, [*flags, *sets]), Path(recipe).stem
-    else:
-        chosen = quick.recipe(student=student, data=data, teacher=teacher, method=method, sets=sets)
-        name = f"{method or 'kd'}-{chosen.student.model.rpartition(':')[2]}"
+    chosen, name = asked(recipe, student=student, data=data, teacher=teacher, method=method, sets=sets)
     from tutelage.run.distill import distill as run
 
     result = run(chosen, out or Path("runs", name), quiet=quiet, say=(lambda text: None) if quiet else remark)

@@ -20,18 +20,12 @@ def train(
 
     Of a recipe, the teacher and the objective are left out: the student learns from the labels alone.
     """
-    from tutelage.run import quick
-    from tutelage.run.recipe import load
+    from tutelage.run.quick import asked
 
+    chosen, name = asked(recipe, student=student, data=data, sets=sets)
     if recipe:
-        given = load(
-            recipe, quick.overrides(student=student, data=data, teacher=None, method=None) + list(sets)
-        )
-        chosen = given.model_copy(update={"teacher": None, "objective": {"task": 1.0}})
-        name = f"{Path(recipe).stem}-alone"
-    else:
-        chosen = quick.recipe(student=student, data=data, sets=sets)
-        name = f"alone-{chosen.student.model.rpartition(':')[2]}"
+        chosen = chosen.model_copy(update={"teacher": None, "objective": {"task": 1.0}})
+        name = f"{name}-alone"
     from tutelage.run.distill import distill as run
 
     result = run(chosen, out or Path("runs", name), quiet=quiet, say=(lambda text: None) if quiet else remark)

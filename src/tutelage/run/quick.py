@@ -2,12 +2,13 @@
 """The quick flags of `tutelage distill` and `train`: they only build a recipe."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from tutelage import methods
 from tutelage.core.error import UserError
 from tutelage.run.objective import of_methods
-from tutelage.run.recipe import Recipe, parse
+from tutelage.run.recipe import Recipe, load, parse
 
 #: What a run uses when nothing else is said; everything is written into the run's recipe.
 DEFAULTS: dict[str, Any] = {
@@ -58,3 +59,25 @@ def overrides(*, student: str | None, data: str | None, teacher: str | None, met
         )
     places = {"student.model": student, "data.source": data, "teacher.model": teacher}
     return [f"{place}={value}" for place, value in places.items() if value is not None]
+
+
+def asked(
+    name: str | None,
+    *,
+    student: str | None,
+    data: str | None,
+    teacher: str | None = None,
+    method: str | None = None,
+    sets: Sequence[str] = (),
+) -> tuple[Recipe, str]:
+    """Return the recipe a command asks for, by name or by flags, and a name for its run.
+
+    Raises:
+        UserError: as `recipe` and `tutelage.run.recipe.load` do.
+    """
+    if name is not None:
+        flags = overrides(student=student, data=data, teacher=teacher, method=method)
+        return load(name, [*flags, *sets]), Path(name).stem
+    made = recipe(student=student, data=data, teacher=teacher, method=method, sets=sets)
+    alone = method is None and teacher is None
+    return made, f"{'alone' if alone else method or 'kd'}-{made.student.model.rpartition(':')[2]}"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: accumulation, clipping, averaging of weights, evaluation, logs, and exact resume."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,18 +88,14 @@ class Loop:
         Raises:
             DivergedError: naming the first step and term that were not finite.
         """
-        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.broken: dict[str, Tensor] = {}
+        self.begin()
         self._resume()
         self.never_finite = set(nonfinite(self.state()))  # such as a mask that a model keeps as a buffer
-        call = self.runtime.wrap(self.distiller)
         self.distiller.train()
         scores: dict[str, float] | None = None
         for batches in self._steps():
             step = self.distiller.step
-            self._set_rates(step)
-            losses = self._step(call, batches)
+            losses = self.step(batches)
             done = self.distiller.step
             self.log.show(done)
             last = done == self.total_steps
@@ -114,6 +110,13 @@ class Loop:
             ):  # after the lines of this step: they are not repeated
                 self.shelf.put(done, state)
         return self._scores() if scores is None else scores
+
+    def begin(self) -> None:
+        """Make ready for steps."""
+        self.base_rates = [float(group["lr"]) for group in self.optimizer.param_groups]
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.broken: dict[str, Tensor] = {}
+        self.call = self.runtime.wrap(self.distiller)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -135,17 +138,18 @@ class Loop:
                     if self.distiller.step >= self.total_steps:
                         return
 
-    def _step(self, call: Callable[..., Losses], batches: list[Batch]) -> list[Losses]:
-        """Run one optimizer step."""
+    def step(self, batches: Sequence[Batch]) -> list[Losses]:
+        """Run one optimizer step over its micro-batches."""
         step, losses = self.distiller.step, []
+        self._set_rates(step)
         moved = (batch.to(self.runtime.device) for batch in batches)
         shared = self.distiller.share([fed for batch in moved for fed in self.distiller.feed(batch)])
         for number, batch in enumerate(shared):
             torch.manual_seed(mix(self.seed, step, DROPOUT, number, ranks.rank()))
-            with self.runtime.unsynced(call, number + 1 == len(shared)):
+            with self.runtime.unsynced(self.call, number + 1 == len(shared)):
                 with self.runtime.autocast():
                     signals = self.distiller.observe(batch)
-                    one = call(batch, signals)
+                    one = self.call(batch, signals)
                 self.runtime.backward(one.total / len(shared))
             losses.append(one)
         norm = self.runtime.step(self.optimizer, self.parameters, self.clip)

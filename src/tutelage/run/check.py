@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two steps of a run before it: what meets what, how strong each loss is, and how long it will take."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+
+from tutelage.core import Batch, Distiller, InputSpec, Live, Task
+from tutelage.core.error import UserError
+from tutelage.report.dry_run import DryRun
+from tutelage.report.number import fixed, percent
+from tutelage.report.table import Table
+from tutelage.run.assemble import Assembled
+from tutelage.train.log import Log
+
+PROBED = 8  # validation batches on which the teacher is scored
+
+
+@dataclass(frozen=True)
+class Strength:
+    """One loss of an objective as it acts on the student.
+
+    Args:
+        value: mean over the steps, before its weight.
+        gradient: norm of its gradient on the student, mean over the steps, before its weight.
+        weight: at the end of its schedule.
+        share: of the weighted gradient norms of all losses.
+    """
+
+    value: float
+    gradient: float
+    weight: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found before training.
+
+    Args:
+        dry_run: shapes, layers of the terms, clones and frozen parameters.
+        losses: by label.
+        teacher: its scores on a few batches, or None without a teacher.
+        inputs: the pixels each model wants, by source.
+        remarks: what deserves a look, a sentence each.
+        seconds: forecast of the whole training.
+        steps: of the training.
+        memory: peak bytes on the device, or None where it does not tell.
+    """
+
+    dry_run: DryRun
+    losses: Mapping[str, Strength]
+    teacher: Mapping[str, float] | None
+    inputs: Mapping[str, str]
+    remarks: tuple[str, ...]
+    seconds: float
+    steps: int
+    memory: int | None
+
+    def table(self) -> Table:
+        """Return one row a loss."""
+        rows = [
+            (label, fixed(s.value), fixed(s.gradient), f"{s.weight:g}", f"{percent(s.share)}")
+            for label, s in self.losses.items()
+        ]
+        columns = ("loss", "value", "gradient norm", "weight", "share (%)")
+        note = "Value and gradient on the student before the weight; share of the weighted gradient norms."
+        return Table(columns, rows, title="Losses", note=note)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the findings as plain data."""
+        return asdict(self)
+
+
+def check(made: Assembled) -> Check:
+    """Run two training steps and put everything back as it was.
+
+    Args:
+        made: assembled, untrained.
+
+    Raises:
+        UserError: if a loss with a weight gives the student no gradient on both steps, or is not finite.
+    """
+    distiller = made.distiller
+    before = {name: tensor.clone() for name, tensor in distiller.state_dict().items()}
+    grads = [(p, p.grad) for p in distiller.parameters()]
+    loop = made.loop(Log(None, quiet=True))
+    loop.begin()
+    batches = [batch.to(made.runtime.device) for batch in islice(made.data.train.epoch(0), 2)]
+    found: list[dict[str, tuple[float, float]]] = []
+    seconds = 0.0
+    try:
+        distiller.train()
+        for batch in batches:
+            fed = next(iter(distiller.feed(batch)))
+            found.append(distiller.measure(fed, distiller.observe(fed)))
+            start = time.perf_counter()
+            loop.step([batch])
+            if made.runtime.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+    finally:
+        distiller.load_state_dict(before)
+        for parameter, gradient in grads:
+            parameter.grad = gradient
+    losses = _strengths(distiller, found)
+    teacher = distiller.teachers.get("teacher")
+    scores = _probe(distiller, made) if teacher is not None else None
+    models = dict(distiller.models)
+    if isinstance(teacher, Live):
+        models["teacher"] = teacher.model
+    on_gpu = made.runtime.device.type == "cuda"
+    return Check(
+        DryRun.of(distiller),
+        losses,
+        scores,
+        {name: pixels(model.input) for name, model in models.items()},
+        remarks(distiller, made.task, scores),
+        seconds * made.total_steps * loop.accumulate,
+        made.total_steps,
+        torch.cuda.max_memory_allocated() if on_gpu else None,
+    )
+
+
+def _strengths(distiller: Distiller, found: list[dict[str, tuple[float, float]]]) -> dict[str, Strength]:
+    objective = distiller.objective
+    means = {
+        label: tuple(sum(one[label][n] for one in found) / len(found) for n in range(2)) for label in found[0]
+    }
+    weights = {label: objective.final_weight(label) for label in means}
+    for label, (value, gradient) in means.items():
+        if weights[label] and not (torch.tensor([value, gradient]).isfinite().all()):
+            raise UserError(
+                f"objective.{label}: not finite on the first batches (value {value}, gradient {gradient})"
+            )
+        if weights[label] and gradient == 0 and label != "task":
+            raise UserError(
+                f"objective.{label}: its gradient on the student is zero on two steps: it teaches nothing; "
+                "name other taps, or leave it out"
+            )
+    total = sum(weights[label] * gradient for label, (_, gradient) in means.items()) or 1.0
+    return {
+        label: Strength(value, gradient, weights[label], weights[label] * gradient / total)
+        for label, (value, gradient) in means.items()
+    }
+
+
+@torch.no_grad()
+def _probe(distiller: Distiller, made: Assembled) -> dict[str, float]:
+    """Return the teacher's scores on a few validation batches."""
+
+    def answers() -> Any:
+        for batch in islice(made.data.validation.epoch(0), PROBED):
+            moved: Batch = batch.to(made.runtime.device)
+            yield distiller.teachers["teacher"].observe(moved).output, moved
+
+    return made.task.score(answers())
+
+
+def pixels(spec: InputSpec | None) -> str:
+    """Return in words what pixels a model wants."""
+    if spec is None:
+        return "as they come"
+    size = "any size" if spec.size is None else f"{spec.size[0]} x {spec.size[1]}"
+    mean = ", ".join(f"{m:.3g}" for m in spec.mean) or "none"
+    std = ", ".join(f"{s:.3g}" for s in spec.std) or "none"
+    return f"{size}, {spec.channels} channels{' (BGR)' if spec.bgr else ''}, mean {mean}, std {std}"
+
+
+def remarks(distiller: Distiller, task: Task, teacher: Mapping[str, float] | None) -> tuple[str, ...]:
+    """Return what deserves a look before training."""
+    said = [
+        f"{label}: {caveat}"
+        for label, entry in distiller.objective.entries.items()
+        for caveat in entry.term.caveats(distiller.facts)
+    ]
+    classes = distiller.facts.num_classes
+    if teacher is not None and classes and teacher.get(task.headline, 1.0) < 2 / classes:
+        score = percent(teacher[task.headline])
+        said.append(f"the teacher scores {score} % on a few batches, little more than chance: is it trained?")
+    found = distiller.report
+    if found.frozen:
+        said.append(f"{len(found.frozen)} parameters of the student are frozen, since no loss reaches them")
+    return tuple(said)
