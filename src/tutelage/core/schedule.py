@@ -49,6 +49,9 @@ class Schedule:
         >>> ramp = Schedule.parse({"linear": [0, 1], "until": "4 steps"})
         >>> [ramp.at(step, steps_per_epoch=10, total_steps=100) for step in (0, 1, 4, 50)]
         [0.0, 0.25, 1.0, 1.0]
+        >>> pretrain = Schedule.parse({"step": [1, 0], "until": 0.1})
+        >>> [pretrain.at(step, steps_per_epoch=10, total_steps=100) for step in (0, 9, 10, 99)]
+        [1.0, 1.0, 0.0, 0.0]
     """
 
     start: float
