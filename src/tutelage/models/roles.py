@@ -250,7 +250,7 @@ def _ending_activation(call: Call) -> Call | None:
 def _norms(root: Call, taps: Mapping[str, Tap]) -> dict[str, str]:
     """Return the batch norm before each stage's last activation: of the branch, where a shortcut is added."""
     calls = list(root.walk())
-    found = {}
+    found: dict[str, str] = {}
     for role, tap in taps.items():
         if not role.endswith(".pre"):
             continue
