@@ -272,13 +272,22 @@ class Distiller(nn.Module):
     # --- the step ----------------------------------------------------------------------------------------
 
     def feed(self, batch: Batch) -> Iterator[Batch]:
-        """Yield the batch itself, or what the feeders make of it, one after the other."""
+        """Return the batch itself, or what the feeders make of it, one after the other."""
         fed: Iterator[Batch] = iter((batch,))
         for number, feeder in enumerate(self.feeders):
             draw = Draw(self.facts.seed, self.step, f"feeder {number}")
-            fed = (made for given in fed for made in feeder.feed(given, self.models, self.teachers, draw))
-        with torch.no_grad():
-            yield from fed
+            fed = self._fed(fed, feeder, draw)
+        return fed
+
+    def _fed(self, batches: Iterator[Batch], feeder: Feeder, draw: Draw) -> Iterator[Batch]:
+        for batch in batches:
+            made = iter(feeder.feed(batch, self.models, self.teachers, draw))
+            while True:
+                with torch.no_grad():  # only around the feeder: who takes the batch needs gradients
+                    one = next(made, None)
+                if one is None:
+                    break
+                yield one
 
     def share(self, batches: Sequence[Batch]) -> list[Batch]:
         """Return the micro-batches of one optimizer step with the step's mean counts, over all ranks."""
