@@ -88,6 +88,8 @@ class Batch:
     def of(cls, inputs: Any, target: Any = None, *, index: Tensor | None = None, **more: Any) -> "Batch":
         """Return a batch from inputs and targets alone; rows with target -1 count as unlabelled.
 
+        Without targets every row does. The sample ids are 0, 1, ... unless `index` gives them.
+
         Example:
             >>> batch = Batch.of(torch.zeros(2, 3, 8, 8), torch.tensor([4, -1]))
             >>> batch.labelled
@@ -95,12 +97,13 @@ class Batch:
         """
         first = next(iter(inputs.values())) if isinstance(inputs, Mapping) else inputs
         rows, device = len(first), first.device
+        target = torch.full((rows,), -1, device=device) if target is None else target
         if isinstance(target, Tensor) and target.ndim == 1:
             labelled = target >= 0
         elif isinstance(target, Tensor) and target.is_floating_point():
             labelled = target.sum(dim=1) > 0
         else:
-            labelled = torch.full((rows,), target is not None, device=device)
+            labelled = torch.ones(rows, dtype=torch.bool, device=device)
         index = torch.arange(rows, device=device) if index is None else index
         more = {"labelled": labelled, "view": torch.zeros_like(index), **more}
         return cls(inputs=inputs, target=target, index=index, **more)
