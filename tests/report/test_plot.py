@@ -234,3 +234,29 @@ def test_smoothing_is_the_mean_over_a_window() -> None:
             for n in range(23)
         ]
         assert home._smooth(values, width) == pytest.approx(np.array(by_hand))
+
+
+def test_limits_hold_names_inside_and_change_nothing_else() -> None:
+    assert apart([1.0, 2.0, 50.0], [10, 10, 10], low=0.0) == [5.0, 15.0, 50.0]
+    assert apart([50.0, 99.0], [10, 10], high=100.0) == [50.0, 95.0]
+    inside = apart([5.0] * 3 + [95.0] * 3, [10] * 6, 0.0, 100.0)
+    assert inside == [5.0, 15.0, 25.0, 75.0, 85.0, 95.0]
+
+
+def test_names_of_many_series_stay_inside_the_drawing() -> None:
+    runs = {f"method number {n}": [a_curve(0.1, 0.9 + n / 1e4)] for n in range(20)}
+    root = ElementTree.fromstring(curves(runs, TOP1).svg)
+    height = float(root.attrib["viewBox"].split()[3])
+    names = [node for node in root.iter(f"{SVG}text") if "method" in "".join(node.itertext())]
+    places = sorted(float(node.attrib["y"]) for node in names)
+    assert len(names) == 20
+    assert 0 < places[0] < places[-1] < height
+    assert min(np.diff(places)) > 12
+
+
+def test_long_names_are_wrapped_or_cut() -> None:
+    found = " ".join(texts(scores({"a name of many words for a row": [0.5], "x" * 60: [0.6]}, TOP1)))
+    assert "x" * 21 + "…" in found
+    assert "x" * 22 not in found
+    for word in ("many", "words", "row"):
+        assert word in found

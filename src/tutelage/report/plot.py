@@ -10,9 +10,10 @@ import io
 import math
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import fmean, stdev
 from typing import Any, Literal
 
@@ -25,7 +26,7 @@ from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
 from tutelage.report.metric import Metric
-from tutelage.report.number import MINUS, count
+from tutelage.report.number import MINUS
 from tutelage.report.paired import Paired, Summary
 from tutelage.report.records import Curve
 
@@ -158,7 +159,7 @@ def curves(
             drawn[label] = np.stack([np.array(shared), values.mean(axis=0), spread])
     if not drawn:
         return _empty(title)
-    with _drawing(270, right=_room(drawn), title=title) as sheet:
+    with _drawing(_height(drawn), right=_room(drawn), title=title) as sheet:
         axes = sheet.axes
         for label, (places, mean, spread) in drawn.items():
             look = looks[label]
@@ -166,10 +167,8 @@ def curves(
                 axes.fill_between(
                     places, mean - spread, mean + spread, color=look.color, alpha=0.16, linewidth=0
                 )
-            lone = look.marker if len(places) < 12 else None
-            axes.plot(
-                places, mean, color=look.color, linestyle=look.dash, marker=lone, markersize=4, linewidth=1.8
-            )
+            lone = {"marker": look.marker, "markersize": 4} if len(places) < 12 else {}
+            axes.plot(places, mean, color=look.color, linewidth=1.8, linestyle=look.dash, **lone)
         _grid(axes, metric.head, x)
         _name_ends(axes, {label: (found[0][-1], found[1][-1]) for label, found in drawn.items()}, looks)
     return Plot(title, sheet.svg, caption)
@@ -300,14 +299,15 @@ def loss_parts(
         return _empty(title)
     values = np.concatenate([points[1] for points in kept.values()])
     tall = bool((values > 0).all() and values.max() > 30 * values.min())
-    with _drawing(270, right=_room(kept), title=title) as sheet:
+    with _drawing(_height(kept), right=_room(kept), title=title) as sheet:
         axes = sheet.axes
         ends = {}
         for label, (steps, line) in kept.items():
             look = looks[label]
             smooth = _smooth(line, max(1, len(line) // 40))
             axes.plot(steps, line, color=look.color, linewidth=0.8, alpha=0.25)
-            axes.plot(steps, smooth, color=look.color, linewidth=1.8, linestyle=look.dash)
+            lone = {"marker": look.marker, "markersize": 4} if len(steps) < 12 else {}
+            axes.plot(steps, smooth, color=look.color, linewidth=1.8, linestyle=look.dash, **lone)
             ends[label] = (steps[-1], smooth[-1])
         if tall:
             axes.set_yscale("log")
@@ -340,7 +340,7 @@ def trade(
         return _empty(title)
     costs = [dot.cost for dot in found.values()]
     wide = min(costs) > 0 and max(costs) > 8 * min(costs)
-    with _drawing(270, right=24, title=title) as sheet:
+    with _drawing(_height(found), title=title) as sheet:
         axes = sheet.axes
         for label, dot in found.items():
             look, score = looks[label], scale * dot.score
@@ -444,20 +444,23 @@ def _empty(title: str) -> Plot:
 def _grid(axes: Any, head: str, x: str, *, costs: bool = False) -> None:
     """Set quiet lines, few ticks, and the name of the upright axis above it, written level."""
     _ticks(axes)
-    _plain(axes.yaxis, MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]), _number)
-    _plain(
-        axes.xaxis,
-        MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]),
-        _amount if costs else _number,
-    )
+    steps = [1, 2, 2.5, 5, 10]
+    _plain(axes.yaxis, MaxNLocator(5, steps=steps), _number)
+    _plain(axes.xaxis, MaxNLocator(6, steps=steps, integer=not costs), _amount if costs else _number)
     axes.yaxis.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
+    low, high = axes.get_ylim()
+    widest = max(
+        (_width(_number(tick, None)) for tick in axes.get_yticks() if low <= tick <= high), default=0.0
+    )
+    x0, y0, width, height = axes.get_position().bounds
+    left = max(x0, (widest + 10) / WIDTH)
+    axes.set_position((left, y0, x0 + width - left, height))
     axes.annotate(
-        head, (0, 1), (-34, 14), xycoords="axes fraction", textcoords="offset points",
+        head, (6, 1), (0, 14), xycoords=("figure pixels", "axes fraction"), textcoords="offset points",
         color=MUTED, fontsize=SMALL, parse_math=False,
     )  # fmt: skip
     axes.set_xlabel(x, color=MUTED, fontsize=SMALL, labelpad=5, parse_math=False)
-    axes.get_ylim()  # settles the limits: names are placed next, in pixels
 
 
 def _plain(axis: Any, locator: Any, write: Callable[[float, Any], str]) -> None:
@@ -480,9 +483,11 @@ def _number(value: float, place: Any) -> str:
 
 
 def _amount(value: float, place: Any) -> str:
-    """Return a cost: millions of parameters are `5 M`, not `5.00 M`."""
-    number, _, prefix = count(value).partition(" ")
-    return f"{float(number):g} {prefix}" if prefix else f"{value:g}"
+    """Return a cost: millions of parameters are `5 M`."""
+    for prefix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= factor:
+            return f"{value / factor:g} {prefix}"
+    return f"{value:g}"
 
 
 def _ticks(axes: Any) -> None:
@@ -527,70 +532,90 @@ def _upright(axes: Any, value: float, name: str) -> None:
 def _name_ends(axes: Any, ends: Mapping[str, tuple[float, float]], looks: Mapping[str, Style]) -> None:
     """Write each label to the right of where its line ends, moved apart where they would touch."""
     finite = {label: end for label, end in ends.items() if math.isfinite(end[1])}
-    heights = [axes.transData.transform(end)[1] for end in finite.values()]
-    sizes = [LINE * (1 + _wrapped(label).count("\n")) for label in finite]
     right = axes.transAxes.transform((1, 0))[0]
-    for label, height in zip(finite, apart(heights, sizes), strict=True):
-        axes.annotate(
-            _wrapped(label), (right + 7, height), xycoords="figure pixels", va="center",
-            color=looks[label].color, linespacing=1.1, parse_math=False, annotation_clip=False,
-        )  # fmt: skip
+    places = {label: (right, axes.transData.transform(end)[1]) for label, end in finite.items()}
+    _write(axes, places, {label: _wrapped(label) for label in finite}, looks, gap=8)
 
 
 def _name_dots(axes: Any, dots: Mapping[str, tuple[float, float]], looks: Mapping[str, Style]) -> None:
-    """Write each label beside its mark, on the side with room, moved apart where they would touch."""
-    left, right = (axes.transAxes.transform((end, 0))[0] for end in (0, 1))
-    where = {label: axes.transData.transform(dot) for label, dot in dots.items()}
-    to_right = {
-        label: place[0] + 9 + _width(label) < right + 20 or place[0] < (left + right) / 2
-        for label, place in where.items()
-    }
-    for side in (True, False):
-        names = [label for label in dots if to_right[label] == side]
-        moved = apart([where[label][1] for label in names], [LINE] * len(names))
-        for label, height in zip(names, moved, strict=True):
-            axes.annotate(
-                label, (where[label][0] + (9 if side else -9), height), xycoords="figure pixels",
-                ha="left" if side else "right", va="center", color=looks[label].color,
-                parse_math=False, annotation_clip=False,
-            )  # fmt: skip
+    """Write each label beside its mark, on the side with room; those above one another are moved apart."""
+    right = axes.transAxes.transform((1, 0))[0] + 20
+    places = {label: axes.transData.transform(dot) for label, dot in dots.items()}
+    words = {label: _wrapped(label) for label in dots}
+    spans: list[tuple[float, float, int, str]] = []
+    for label, (x, _) in places.items():
+        reach = 10 + max(map(_width, words[label].split("\n")))
+        side = 1 if x + reach < right else -1
+        start, end = sorted((x, x + side * reach))
+        spans.append((start, end, side, label))
+    columns: list[list[tuple[float, float, int, str]]] = []
+    for span in sorted(spans):
+        if columns and span[0] < max(one[1] for one in columns[-1]):
+            columns[-1].append(span)
+        else:
+            columns.append([span])
+    for column in columns:
+        sides = {label: side for _, _, side, label in column}
+        _write(axes, {label: places[label] for label in sides}, words, looks, 10, sides)
 
 
-def apart(heights: Sequence[float], sizes: Sequence[float]) -> list[float]:
+def _write(
+    axes: Any,
+    places: Mapping[str, tuple[float, float]],
+    words: Mapping[str, str],
+    looks: Mapping[str, Style],
+    gap: float,
+    sides: Mapping[str, int] | None = None,
+) -> None:
+    """Write words beside places in pixels, one above the other, with a thin line to what had to move."""
+    sheet = axes.figure.bbox.height
+    sizes = [LINE * (1 + words[label].count("\n")) for label in places]
+    heights = apart([height for _, height in places.values()], sizes, 2, sheet - 2)
+    for (label, (x, wanted)), height in zip(places.items(), heights, strict=True):
+        side = sides[label] if sides else 1
+        color = looks[label].color
+        if abs(height - wanted) > LINE / 3:
+            ends = axes.figure.transFigure.inverted().transform(
+                [(x + side * (gap - 7), wanted), (x + side * (gap - 1), height)]
+            )
+            axes.plot(*ends.T, color=color, linewidth=0.8, transform=axes.figure.transFigure, clip_on=False)
+        axes.annotate(
+            words[label], (x + side * gap, height), xycoords="figure pixels", va="center",
+            ha="left" if side > 0 else "right", color=color, linespacing=1.1,
+            parse_math=False, annotation_clip=False,
+        )  # fmt: skip
+
+
+def apart(
+    heights: Sequence[float], sizes: Sequence[float], low: float = -math.inf, high: float = math.inf
+) -> list[float]:
     """Return the heights nearest to those given at which texts of these sizes do not overlap.
 
-    Overlapping neighbours are joined into a block, centred on the mean of where its members wanted to be
-    (pool adjacent violators).
+    With the room that the texts below take subtracted, heights only have to rise: an isotonic regression,
+    done by pooling adjacent violators; limits clip its result.
+
+    Args:
+        heights: of the middles of the texts.
+        sizes: of the texts, upwards.
+        low: no text reaches below.
+        high: no text reaches above, if all of them fit.
 
     Example:
         >>> apart([10.0, 11.0, 50.0], [10, 10, 10])
         [5.5, 15.5, 50.0]
     """
     order = sorted(range(len(heights)), key=lambda n: heights[n])
-    blocks: list[list[int]] = []
-
-    def middle(block: list[int]) -> float:
-        """Where a block's middle wants to be."""
-        offsets = np.cumsum([0.0, *(sizes[n] for n in block)])
-        centres = (offsets[:-1] + offsets[1:]) / 2 - offsets[-1] / 2
-        return fmean(heights[n] - float(centre) for n, centre in zip(block, centres, strict=True))
-
-    def half(block: list[int]) -> float:
-        return sum(sizes[n] for n in block) / 2
-
+    below = dict(zip(order, accumulate((sizes[n] for n in order), initial=0.0), strict=False))
+    pools: list[list[float]] = []
     for n in order:
-        blocks.append([n])
-        while len(blocks) > 1 and middle(blocks[-2]) + half(blocks[-2]) > middle(blocks[-1]) - half(
-            blocks[-1]
-        ):
-            last = blocks.pop()
-            blocks[-1] += last
+        pools.append([heights[n] - below[n] - sizes[n] / 2])
+        while len(pools) > 1 and fmean(pools[-2]) > fmean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    starts = [fmean(pool) for pool in pools for _ in pool]
+    last = high - sum(sizes)
     found = [0.0] * len(heights)
-    for block in blocks:
-        place = middle(block) - half(block)
-        for n in block:
-            found[n] = place + sizes[n] / 2
-            place += sizes[n]
+    for n, start in zip(order, starts, strict=True):
+        found[n] = max(min(start, last), low) + below[n] + sizes[n] / 2
     return found
 
 
@@ -604,15 +629,20 @@ def _smooth(values: "np.ndarray[Any, Any]", width: int) -> "np.ndarray[Any, Any]
 
 
 def _wrapped(label: str) -> str:
-    """Return a label in at most three lines of at most 16 letters."""
-    lines = textwrap.wrap(label, 16, max_lines=3, placeholder=" …") or [label]
-    return "\n".join(lines)
+    """Return a label in at most three lines of about 16 letters; a longer word is cut."""
+    lines = textwrap.wrap(label, 16, max_lines=3, placeholder=" …", break_long_words=False) or [label]
+    return "\n".join(line if len(line) <= 22 else f"{line[:21]}…" for line in lines)
 
 
-def _room(labels: Any) -> float:
+def _height(labels: Iterable[str]) -> float:
+    """Return the height of a plot in which so many labels can stand above one another."""
+    return max(270.0, 76 + LINE * sum(1 + _wrapped(label).count("\n") for label in labels))
+
+
+def _room(labels: Iterable[str]) -> float:
     """Return the width that the widest label needs beside the axes."""
     widths = [_width(line) for label in labels for line in _wrapped(label).split("\n")]
-    return min(max([*widths, 16.0]) + 16, 0.4 * WIDTH)
+    return max([*widths, 16.0]) + 16
 
 
 def _width(text: str) -> float:
