@@ -3,7 +3,7 @@
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -139,8 +139,21 @@ def teacher_of(recipe: Recipe, data: Splits, weights: Path | None) -> Teacher | 
     chosen = str(weights) if weights else section.weights
     model = _model({"model": section.model, "weights": chosen, **section.options}, data)
     if model.class_names and data.class_names and tuple(model.class_names) != tuple(data.class_names):
-        raise UserError("the teacher's classes are not the data's, or lie in another order")
+        raise UserError(
+            f"the teacher's classes ({_few(model.class_names)}) are not the data's "
+            f"({_few(data.class_names)}), or lie in another order"
+        )
     return Live(model, section.mode)
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _read(distiller: Distiller) -> bool:
+    """Whether some term reads a teacher."""
+    terms = [entry.term.reads for entry in distiller.objective.entries.values()]
+    return any(reads.teacher or reads.borrows for reads in terms)
 
 
 def assemble(
@@ -162,7 +175,7 @@ def assemble(
         recipe.data.model_dump(), seed=settings.seed, rank=ranks.rank(), world_size=ranks.world_size()
     )
     task = task_of(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
-    sample = data.sample()
+    sample = data.sample(max(1, min(2, recipe.data.batch_size // ranks.world_size())))
     per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)
     total = settings.steps or max(1, round((settings.epochs or 0) * per_epoch))
     facts = data.facts(total, settings.seed, settings.accumulate)
@@ -190,6 +203,11 @@ def assemble(
         facts=facts,
         feeders=feeders_of(recipe.objective),
     )
+    if teacher is not None and not rebuilds and not _read(distiller):
+        distiller.close()
+        raise UserError(
+            "teacher: no term of the objective reads it; leave it out, or add a term that does, such as kd"
+        )
     if settings.compile:
         distiller.compile()
     return Assembled(recipe, runtime, data, task, student, rebuilds, distiller, sample, total, per_epoch)

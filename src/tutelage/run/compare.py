@@ -2,7 +2,7 @@
 """Arms of one recipe over paired seeds: same initial weights, same batches, same number of updates."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,8 @@ from tutelage.report.metric import Metric
 from tutelage.report.table import Table
 from tutelage.run.assemble import task_of
 from tutelage.run.distill import Result, distill, teacher_recipe
-from tutelage.run.folder import RunFolder
-from tutelage.run.objective import build as build_objective
-from tutelage.run.recipe import Recipe
+from tutelage.run.page import comparison_page
+from tutelage.run.recipe import Recipe, TaskSection
 from tutelage.train.checkpoint import write_text
 
 
@@ -64,49 +63,67 @@ class Compared:
 
 
 def compare(
-    recipe: Recipe,
+    arms: Mapping[str, Recipe],
+    seeds: Sequence[int],
     folder: Path,
     *,
     title: str,
     quiet: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Compared:
-    """Run every arm of a recipe with every seed; finished runs are not run again.
+    """Run every arm with every seed; finished runs are not run again.
 
     Args:
-        recipe: with a `compare` section.
-        folder: of the comparison; each run has a folder in it.
+        arms: recipes by name, the baseline first; their own seeds do not count.
+        seeds: each arm runs with all of them.
+        folder: of the comparison; each run has a folder in it, and arms of one teacher share its fit.
         title: of the report.
         quiet: show no progress.
-        say: told what runs.
+        say: told what has run.
 
     Raises:
-        UserError: if the recipe compares nothing, or whatever is wrong with a run.
+        UserError: if there is nothing to compare, or whatever is wrong with a run.
     """
-    if recipe.compare is None:
-        raise UserError("the recipe has no `compare` section: arms and seeds")
-    for objective in recipe.compare.arms.values():
-        build_objective(objective)  # every arm is valid before the first one trains
-    RunFolder(folder).claim(recipe)
-    key = task_of(recipe.task, num_classes=2, class_names=()).headline
-    metric, measures, teacher_score = Metric.of(key), dict[str, Measures](), None
-    teacher_folder = folder / "teacher"
-    if recipe.teacher is not None and recipe.teacher.fit is not None:
-        fitted = distill(teacher_recipe(recipe), teacher_folder, title="teacher", quiet=quiet)
-        teacher_score, measures["teacher"] = fitted.scores[key], fitted.measures
-        say(f"teacher: {metric.label} {metric.show(teacher_score)}")
-    results: dict[str, dict[int, Result]] = {name: {} for name in recipe.compare.arms}
-    for seed in recipe.compare.seeds:
-        for name, objective in recipe.compare.arms.items():
-            one, place = arm_recipe(recipe, objective, seed), folder / f"{_stem(name)}-{seed}"
+    if len(arms) < 2 or not seeds:
+        raise UserError("a comparison needs at least two arms and one seed")
+    for name, recipe in arms.items():
+        try:
+            build_objective(recipe.objective)  # every arm is valid before the first one trains
+        except UserError as error:
+            raise UserError(f"arm {name!r}: {error}") from error
+    metric = Metric.of(task_of(next(iter(arms.values())).task, num_classes=2, class_names=()).headline)
+    teachers: dict[str, Path] = {}
+    measures: dict[str, Measures] = {}
+    teacher_score = None
+    results: dict[str, dict[int, Result]] = {name: {} for name in arms}
+    for seed in seeds:
+        for name, recipe in arms.items():
+            place = None
+            if recipe.teacher is not None and recipe.teacher.fit is not None:
+                fit = teacher_recipe(recipe)
+                number = f"-{len(teachers) + 1}" if teachers else ""
+                place = teachers.setdefault(fit.text(), folder / f"teacher{number}")
+                if place.name not in measures:
+                    fitted = distill(fit, place, title="teacher", quiet=quiet)
+                    measures[place.name] = fitted.measures
+                    teacher_score = fitted.scores[metric.key] if len(teachers) == 1 else None
+                    say(f"{place.name}: {metric.label} {metric.show(fitted.scores[metric.key])}")
+            one = recipe.model_copy(
+                update={"compare": None, "train": recipe.train.model_copy(update={"seed": seed})}
+            )
             found = distill(
-                one, place, title=f"{name}, seed {seed}", quiet=quiet, teacher_folder=teacher_folder
+                one,
+                folder / f"{_stem(name)}-{seed}",
+                title=f"{name}, seed {seed}",
+                quiet=quiet,
+                teacher_folder=place,
             )
             results[name][seed] = found
-            say(f"{name}, seed {seed}: {metric.label} {metric.show(found.scores[key])}")
-    first = recipe.compare.seeds[0]
-    measures |= {name: runs[first].measures for name, runs in results.items()}
-    scores = {name: {seed: r.scores[key] for seed, r in runs.items()} for name, runs in results.items()}
+            say(f"{name}, seed {seed}: {metric.label} {metric.show(found.scores[metric.key])}")
+    measures |= {name: runs[seeds[0]].measures for name, runs in results.items()}
+    scores = {
+        name: {seed: r.scores[metric.key] for seed, r in runs.items()} for name, runs in results.items()
+    }
     compared = Compared(
         title,
         Comparison(metric, scores, baseline=next(iter(results)), teacher=teacher_score),
@@ -115,14 +132,30 @@ def compare(
         folder,
     )
     write_text(folder / "comparison.json", json.dumps(compared.plain(), indent=2) + "\n")
-    from tutelage.run.page import comparison_page
-
-    comparison_page(compared, recipe)
+    comparison_page(compared, arms)
     return compared
 
 
-def arm_recipe(recipe: Recipe, objective: Mapping[str, Any], seed: int) -> Recipe:
-    """Return the recipe of one arm and seed: a teacher that no term reads is left out."""
+def arms_of(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the arms that a recipe's `compare` section names: the recipe with another objective each.
+
+    Raises:
+        UserError: if it has none.
+    """
+    if recipe.compare is None:
+        raise UserError("the recipe has no `compare` section: arms and seeds")
+    return {name: with_objective(recipe, objective) for name, objective in recipe.compare.arms.items()}
+
+
+def baselines(recipe: Recipe) -> dict[str, Recipe]:
+    """Return the two arms that no comparison goes without: the student alone, plain and with smoothed labels."""
+    alone = with_objective(recipe, {"task": 1.0})
+    smooth = TaskSection.model_validate({**recipe.task.model_dump(), "label_smoothing": 0.1})
+    return {"alone": alone, "label smoothing": alone.model_copy(update={"task": smooth})}
+
+
+def with_objective(recipe: Recipe, objective: Mapping[str, Any]) -> Recipe:
+    """Return a recipe with another objective; a teacher that no term reads is left out."""
     stems = [
         str(block.get("method", label)) if isinstance(block, Mapping) else label
         for label, block in objective.items()
@@ -130,14 +163,8 @@ def arm_recipe(recipe: Recipe, objective: Mapping[str, Any], seed: int) -> Recip
     ]
     cards = methods.cards()
     reads = any(stem not in cards or cards[stem].needs_teacher for stem in stems)
-    return recipe.model_copy(
-        update={
-            "compare": None,
-            "objective": dict(objective),
-            "teacher": recipe.teacher if reads else None,
-            "train": recipe.train.model_copy(update={"seed": seed}),
-        }
-    )
+    teacher = recipe.teacher if reads else None
+    return recipe.model_copy(update={"compare": None, "objective": dict(objective), "teacher": teacher})
 
 
 def _stem(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tutelage.core import Batch, Distiller, Model, Task, ranks
+from tutelage.core import Batch, Distiller, Model, Task
 from tutelage.core.schedule import Span
 from tutelage.data.loader import Loader
 from tutelage.report.dry_run import DryRun
@@ -21,6 +21,8 @@ from tutelage.run.recipe import Recipe, parse
 from tutelage.train.checkpoint import Shelf
 from tutelage.train.log import Log
 from tutelage.train.runtime import Runtime
+
+BLANK = ("tutelage", "timm", "torchvision")  # models that come without weights unless some are asked for
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,13 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
     assert section.fit is not None
     plain = recipe.model_dump(mode="json")
     changes = section.fit.model_dump()
+    if changes["optimizer"].get("name", recipe.optimizer.name) != recipe.optimizer.name:
+        plain["optimizer"] = {}  # options of one optimizer are not those of another
     merged = {key: {**plain[key], **changes[key]} for key in ("data", "optimizer", "train")}
     merged["train"]["seed"] = changes["train"].get("seed", 0)  # one teacher for all seeds of the student
-    if "steps" in changes["train"]:
-        merged["train"]["epochs"] = None
+    for given, other in (("steps", "epochs"), ("epochs", "steps")):
+        if given in changes["train"]:
+            merged["train"][other] = changes["train"].get(other)
     student = {"model": section.model, "weights": section.weights, **section.options}
     return parse(
         {"task": plain["task"], "student": student, "objective": {"task": 1.0}, **merged}, where="teacher.fit"
@@ -108,16 +113,18 @@ def distill(
     settings = recipe.train
     runtime = Runtime(settings.device, settings.precision)
     with runtime.joined():
-        home.claim(recipe)
-        done = home.result()
+        done = home.result() if home.holds(recipe) else None
         if done is not None:
+            say(f"{folder} holds this run, finished; remove the folder to run it again")
             return Result(done["scores"], Measures(**done["measures"]), home)
         fitted = None
         if recipe.teacher is not None and recipe.teacher.fit is not None:
             place = teacher_folder or folder / "teacher"
+            if RunFolder(place).result() is None:
+                rehearse(recipe, runtime)
+            runtime.first(lambda: home.claim(recipe))
             fitted = distill(teacher_recipe(recipe), place, title="teacher", quiet=quiet).folder.weights
         made = assemble(recipe, teacher_weights=fitted, runtime=runtime)
-        say_found(made, say)
         with Log(home.metrics, total=made.total_steps, title=title, quiet=quiet) as log:
             loop = made.loop(
                 log,
@@ -126,17 +133,36 @@ def distill(
                 evaluate=lambda: score(made.distiller, made.task, made.data.validation, runtime.device),
                 evaluate_every=_every(settings.evaluate_every, made.steps_per_epoch),
             )
+            runtime.first(lambda: home.claim(recipe))  # the first thing written: all of the run was built
+            say_found(made, say)
+            if loop.shelf and loop.shelf.newest:
+                say(f"goes on from {loop.shelf.newest}")
             scores = loop.run()
         if loop.average is not None:
             made.distiller.student.load_state_dict(loop.average.weights)
         return finish(home, made, scores)
 
 
+def rehearse(recipe: Recipe, runtime: Runtime) -> None:
+    """Build everything of a run once: whatever is wrong shows before anything is trained or written.
+
+    Raises:
+        UserError: for whatever is wrong with the recipe, the data or the models.
+    """
+    if recipe.teacher is not None and recipe.teacher.fit is not None:
+        rehearse(teacher_recipe(recipe), runtime)
+    made = assemble(recipe, runtime=runtime)
+    made.loop(Log(None, quiet=True))
+    made.distiller.close()
+
+
 def say_found(made: Assembled, say: Callable[[str], None]) -> None:
     """Tell what was rebuilt and what the dry run found."""
     for rebuild in made.rebuilds:
         say(rebuild.report())
-    found = made.distiller.report
+    found, teacher = made.distiller.report, made.recipe.teacher
+    if teacher and not (teacher.weights or teacher.fit) and teacher.model.partition(":")[0] in BLANK:
+        say(f"{teacher.model} knows nothing yet: give teacher.weights, or teacher.fit to train it first")
     for source, shapes in found.shapes.items():
         say(f"{source} reads {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}")
     if found.overwritten:
@@ -152,11 +178,14 @@ def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Res
     student = made.settled()
     student.module.eval().to("cpu")
     measures = measure(student, made.sample.inputs[:1].cpu())
-    if ranks.rank() == 0:
+
+    def write() -> None:
         rebuilds = [rebuild.record() for rebuild in made.rebuilds]
         card = {**student.source, "task": made.task.name, **({"rebuilds": rebuilds} if rebuilds else {})}
         home.save_student(student.module, card)
         found = {"scores": dict(scores), "measures": measures.plain(), "dry_run": asdict(dry_run)}
         run_page(home, made.recipe, Metric.of(made.task.headline), scores, measures, dry_run)
         home.save_result(found)  # last: the sign of a finished run
+
+    made.runtime.first(write)
     return Result(scores, measures, home)

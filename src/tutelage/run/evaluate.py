@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from tutelage.core.error import UserError
+from tutelage.core.error import UserError, nearest
 from tutelage.data.load import load as load_data
 from tutelage.models.load import load as load_model
 from tutelage.run.assemble import task_of
@@ -24,11 +24,15 @@ def evaluate(run: Path, *, source: str | None = None, split: str = "validation")
         UserError: if the folder holds no student, or the data has no such split or other classes.
     """
     recipe = RunFolder.existing(run).recipe()
-    section = recipe.data.model_copy(update={"source": source} if source else {})
+    learning = {"labels": None, "labelled_per_batch": None, "unlabelled": None}  # no matter for a score
+    section = recipe.data.model_copy(update={**learning, **({"source": source} if source else {})})
     data = load_data(section.model_dump(), seed=recipe.train.seed)
-    loader = {"validation": data.validation, "test": data.test}.get(split)
+    loaders = {"validation": data.validation, "test": data.test}
+    if split not in loaders:
+        raise UserError(f"--split {split!r} is not known{nearest(split, loaders)}")
+    loader = loaders[split]
     if loader is None:
-        raise UserError(f"{section.source} has no split {split!r}")
+        raise UserError(f"{section.source} has no {split} split")
     model = load_model(f"run:{run}")
     if model.class_names and data.class_names and tuple(model.class_names) != tuple(data.class_names):
         raise UserError(f"the student's classes are not those of {section.source}, or lie in another order")

@@ -2,7 +2,7 @@
 """The folder of a run: what was asked, what happened, and the student."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,10 @@ from safetensors.torch import save_model
 from torch import nn
 
 from tutelage.core.error import UserError
-from tutelage.run.recipe import Recipe, parse, read_yaml
+from tutelage.run.recipe import Recipe, parse, read_text, read_yaml
 from tutelage.train.checkpoint import write_text, write_whole
+
+SHOWN = 3  # differences that an error lists
 
 
 class RunFolder:
@@ -43,30 +45,40 @@ class RunFolder:
             raise UserError(f"{path} holds no finished run (no student.json)")
         return folder
 
+    def holds(self, recipe: Recipe) -> bool:
+        """Whether this very run was begun here before; nothing is written.
+
+        Raises:
+            UserError: if the folder holds another run, naming what differs, or something else.
+        """
+        if self.recipe_path.exists():
+            other = list(differences(self.recipe().plain(), recipe.plain()))
+            if other:
+                more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
+                raise UserError(
+                    f"{self.path} holds a run of another recipe ({', '.join(other[:SHOWN])}{more}); "
+                    "choose another --out, or remove the folder"
+                )
+            return True
+        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            what = "is a file" if self.path.is_file() else "is not empty and holds no run"
+            raise UserError(f"{self.path} {what}; choose another --out")
+        return False
+
     def claim(self, recipe: Recipe) -> None:
         """Write the recipe, or find the same one there: then the run goes on where it stopped.
 
         Raises:
-            UserError: if the folder holds another run.
+            UserError: if the folder holds something else, or cannot be written.
         """
-        if self.recipe_path.exists():
-            before = self.recipe().plain()
-            if before != recipe.plain():
-                changed = [
-                    key for key in {**before, **recipe.plain()} if before.get(key) != recipe.plain().get(key)
-                ]
-                raise UserError(
-                    f"{self.path} holds a run of another recipe (other: {', '.join(sorted(changed))}); "
-                    "choose another --out, or remove the folder"
-                )
-            return
-        if self.path.exists() and any(self.path.iterdir()):
-            raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
-        write_text(self.recipe_path, recipe.text())
+        if not self.holds(recipe):
+            write_text(self.recipe_path, recipe.text())
 
     def recipe(self) -> Recipe:
         """Return the resolved recipe."""
-        return parse(read_yaml(self.recipe_path.read_text(encoding="utf-8"), str(self.recipe_path)))
+        return parse(
+            read_yaml(read_text(self.recipe_path), str(self.recipe_path)), where=str(self.recipe_path)
+        )
 
     def save_student(self, module: nn.Module, card: Mapping[str, Any]) -> None:
         """Write the student's weights and how to build it again."""
@@ -81,4 +93,17 @@ class RunFolder:
         """Return the scores of a finished run, or None."""
         if not self.result_path.exists():
             return None
-        return dict(json.loads(self.result_path.read_text(encoding="utf-8")))
+        try:
+            return dict(json.loads(read_text(self.result_path)))
+        except ValueError as error:
+            raise UserError(f"{self.result_path} is damaged ({error}); remove it") from error
+
+
+def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:
+    """Yield where two recipes differ, as `optimizer.lr was 0.1`."""
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        for key in {**before, **after}:
+            yield from differences(before.get(key), after.get(key), f"{place}.{key}" if place else str(key))
+    elif before != after:
+        was = "absent" if before is None else "a section" if isinstance(before, Mapping) else before
+        yield f"{place} was {was}"

@@ -51,6 +51,27 @@ class Runtime:
         finally:
             distributed.destroy_process_group()
 
+    @staticmethod
+    def first(action: Callable[[], None]) -> None:
+        """Do something on the first rank while the others wait.
+
+        Raises:
+            UserError: on every rank, if it is raised on the first.
+        """
+        if ranks.world_size() == 1:
+            action()
+            return
+        distributed.barrier()
+        said: list[str | None] = [None]
+        if ranks.rank() == 0:
+            try:
+                action()
+            except UserError as error:
+                said = [str(error)]
+        distributed.broadcast_object_list(said)
+        if said[0] is not None:
+            raise UserError(said[0])
+
     def wrap(self, distiller: Distiller) -> Callable[..., Losses]:
         """Return what to call for losses: the Distiller, or its DistributedDataParallel."""
         if ranks.world_size() == 1:
