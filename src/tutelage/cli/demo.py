@@ -10,9 +10,7 @@ from tutelage.cli._show import Json, Quiet, compared_text, document, remark
 
 
 def demo(
-    stem: Annotated[
-        str | None, typer.Argument(help="A method; without one, the tour: alone, KD, MGD + KD.")
-    ] = None,
+    stem: Annotated[str | None, typer.Argument(help="A method; without one, the tour: alone, KD, MGD + KD.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; runs/demo or runs/demo-STEM by default.")] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -25,10 +23,11 @@ def demo(
     from tutelage.run.demo import demo_recipe
 
     recipe = demo_recipe(stem)
-    from tutelage.run.compare import compare
+    from tutelage.run.compare import arms_of, compare
 
     compared = compare(
-        recipe,
+        arms_of(recipe),
+        recipe.compare.seeds if recipe.compare else (),
         out or Path("runs", f"demo-{stem}" if stem else "demo"),
         title=f"tutelage demo{f' {stem}' if stem else ''}",
         quiet=quiet,

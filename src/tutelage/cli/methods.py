@@ -19,9 +19,7 @@ def methods(
     if stem is not None:
         entry = catalogue.entry(stem)
         if as_json:
-            document(
-                {"stem": stem, "family": entry.family, **asdict(entry.card), "objective": entry.objective}
-            )
+            document({"stem": stem, "family": entry.family, **asdict(entry.card), "objective": entry.objective})
             return
         card = entry.card
         print(f"{card.name}: {card.title}\n{card.authors}. {card.venue}, {card.year}. {card.paper}")

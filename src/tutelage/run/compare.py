@@ -16,8 +16,10 @@ from tutelage.report.metric import Metric
 from tutelage.report.table import Table
 from tutelage.run.assemble import task_of
 from tutelage.run.distill import Result, distill, teacher_recipe
+from tutelage.run.objective import build as build_objective
+from tutelage.run.objective import of_methods
 from tutelage.run.page import comparison_page
-from tutelage.run.recipe import Recipe, TaskSection
+from tutelage.run.recipe import Recipe, TaskSection, load
 from tutelage.train.checkpoint import write_text
 
 
@@ -53,8 +55,7 @@ class Compared:
             "baseline": found.baseline,
             "teacher": found.teacher,
             "scores": {
-                arm: {str(seed): value for seed, value in scores.items()}
-                for arm, scores in found.scores.items()
+                arm: {str(seed): value for seed, value in scores.items()} for arm, scores in found.scores.items()
             },
             "differences": {arm: vars(pairs) for arm, pairs in found.pairs.items()},
             "measures": {name: one.plain() for name, one in self.measures.items()},
@@ -108,9 +109,7 @@ def compare(
                     measures[place.name] = fitted.measures
                     teacher_score = fitted.scores[metric.key] if len(teachers) == 1 else None
                     say(f"{place.name}: {metric.label} {metric.show(fitted.scores[metric.key])}")
-            one = recipe.model_copy(
-                update={"compare": None, "train": recipe.train.model_copy(update={"seed": seed})}
-            )
+            one = recipe.model_copy(update={"compare": None, "train": recipe.train.model_copy(update={"seed": seed})})
             found = distill(
                 one,
                 folder / f"{_stem(name)}-{seed}",
@@ -121,9 +120,7 @@ def compare(
             results[name][seed] = found
             say(f"{name}, seed {seed}: {metric.label} {metric.show(found.scores[metric.key])}")
     measures |= {name: runs[seeds[0]].measures for name, runs in results.items()}
-    scores = {
-        name: {seed: r.scores[metric.key] for seed, r in runs.items()} for name, runs in results.items()
-    }
+    scores = {name: {seed: r.scores[metric.key] for seed, r in runs.items()} for name, runs in results.items()}
     compared = Compared(
         title,
         Comparison(metric, scores, baseline=next(iter(results)), teacher=teacher_score),
@@ -165,6 +162,30 @@ def with_objective(recipe: Recipe, objective: Mapping[str, Any]) -> Recipe:
     reads = any(stem not in cards or cards[stem].needs_teacher for stem in stems)
     teacher = recipe.teacher if reads else None
     return recipe.model_copy(update={"compare": None, "objective": dict(objective), "teacher": teacher})
+
+
+def asked(
+    names: Sequence[str], methods_text: str | None, seeds_text: str | None, sets: Sequence[str]
+) -> tuple[dict[str, Recipe], tuple[int, ...]]:
+    """Return the arms and seeds that a command line stands for; the baselines come first.
+
+    Raises:
+        UserError: on a seed that is no number, or an unknown recipe or method.
+    """
+    found = {Path(name).stem: load(name, sets) for name in names}
+    first = next(iter(found.values()))
+    arms = baselines(first)
+    if methods_text is not None:
+        stems = [text.strip() for text in methods_text.split(",") if text.strip()]
+        arms |= {stem: with_objective(first, of_methods(stem)) for stem in stems}
+    else:
+        for name, recipe in found.items():
+            arms |= arms_of(recipe) if recipe.compare else {name: recipe}
+    try:
+        seeds = tuple(int(seed) for seed in seeds_text.split(",")) if seeds_text else ()
+    except ValueError:
+        raise UserError(f"--seeds takes numbers such as 0,1,2, not {seeds_text!r}") from None
+    return arms, seeds or (first.compare.seeds if first.compare else (0, 1, 2, 3, 4))
 
 
 def _stem(name: str) -> str:

@@ -32,9 +32,7 @@ logits = student(pixels)        # [B, C, H, W] in [0, 1]; normalised and resized
 def cards_of(objective: Mapping[str, Any]) -> tuple[Card, ...]:
     """Return the cards of the methods an objective names, each once; a method of one's own has none."""
     found = methods.cards()
-    stems = (
-        str(b.get("method", label)) if isinstance(b, Mapping) else label for label, b in objective.items()
-    )
+    stems = (str(b.get("method", label)) if isinstance(b, Mapping) else label for label, b in objective.items())
     return tuple(found[stem] for stem in dict.fromkeys(stems) if stem in found)
 
 
@@ -77,19 +75,17 @@ def run_page(
     write(page, folder.report)
 
 
-def comparison_page(compared: "Compared", recipe: Recipe) -> None:
+def comparison_page(compared: "Compared", arms: Mapping[str, Recipe]) -> None:
     """Write the page of a comparison."""
+    shown = [*arms.values()][-1]
     found, metric = compared.comparison, compared.comparison.metric
     looks = styles([*found.scores], found.baseline)
     records = {
-        arm: [read_metrics(folder / "metrics.jsonl") for folder in runs.values()]
-        for arm, runs in compared.runs.items()
+        arm: [read_metrics(folder / "metrics.jsonl") for folder in runs.values()] for arm, runs in compared.runs.items()
     }
     dots = {
         arm: Dot(measures.macs, summary.mean or 0.0, summary.deviation)
-        for arm, summary, measures in (
-            (arm, found.summaries[arm], compared.measures[arm]) for arm in found.scores
-        )
+        for arm, summary, measures in ((arm, found.summaries[arm], compared.measures[arm]) for arm in found.scores)
     }
     if found.teacher is not None:
         dots = {"teacher": Dot(compared.measures["teacher"].macs, found.teacher), **dots}
@@ -97,15 +93,12 @@ def comparison_page(compared: "Compared", recipe: Recipe) -> None:
     last = next(reversed(records))
     page = Page(
         title=compared.title,
-        lead=lead(recipe),
+        lead=lead(shown),
         verdict=found.verdict,
         tables=compared.tables,
         plots=(
             curves(
-                {
-                    arm: [curve(one, "evaluation", metric.key, "epoch") for one in runs]
-                    for arm, runs in records.items()
-                },
+                {arm: [curve(one, "evaluation", metric.key, "epoch") for one in runs] for arm, runs in records.items()},
                 metric,
                 looks=looks,
             ),
@@ -119,18 +112,14 @@ def comparison_page(compared: "Compared", recipe: Recipe) -> None:
             trade(dots, metric, cost="MACs", looks=looks),
             loss_parts(
                 {label: curve(records[last][0], "train", label) for label in parts(records[last][0])},
-                title=f"Parts of the loss: {last}, seed {recipe.compare.seeds[0] if recipe.compare else 0}",
+                title=f"Parts of the loss: {last}, seed {next(iter(compared.runs[last]))}",
             ),
         ),
         dry_runs={arm: DryRun.of_plain(runs) for arm, runs in _dry_runs(compared).items()},
-        recipe=recipe.text(),
+        recipe="\n".join(f"# {name}\n{one.text()}" for name, one in arms.items()),
         environment=environment(),
-        cards=cards_of(
-            {k: v for arm in (recipe.compare.arms if recipe.compare else {}).values() for k, v in arm.items()}
-        ),
-        loading=LOADING.format(
-            folder=f"{compared.folder.name}/{next(iter(compared.runs[last].values())).name}"
-        ),
+        cards=cards_of({key: block for one in arms.values() for key, block in one.objective.items()}),
+        loading=LOADING.format(folder=f"{compared.folder.name}/{next(iter(compared.runs[last].values())).name}"),
     )
     write(page, compared.folder / "report.html")
 
