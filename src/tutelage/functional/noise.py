@@ -68,3 +68,44 @@ def uniform(key: int, index: Tensor, shape: Sequence[int] = ()) -> Tensor:
     bits = _mix(rows[:, None] + (place + 1) * _GAMMA)
     # 24 bits make every float32 in [0, 1) exact and 1.0 impossible
     return ((bits >> 40) & ((1 << 24) - 1)).float().mul(2.0**-24).view(len(index), *shape)
+
+
+def subset(key: Tensor, count: int, population: Tensor, *, smallest: int, largest: int) -> Tensor:
+    """Return distinct numbers below a population, drawn at random: a function of the key.
+
+    The numbers are the first ones of a keyed permutation (a Feistel network over the next power of four,
+    Luby and Rackoff 1988, of which values beyond the population are passed over), so that time and memory
+    grow with `count` and not with the population. Where a population is smaller than `count`, numbers are
+    drawn with replacement.
+
+    Args:
+        key: `[B]` int64, one a row.
+        count: how many a row.
+        population: `[B]` int64, numbers are drawn from [0, population).
+        smallest: of the populations that can occur, > 0.
+        largest: of them.
+
+    Returns:
+        `[B, count]` int64.
+
+    Example:
+        >>> drawn = subset(keys(7, torch.arange(2)), 4, torch.tensor([4, 4]), smallest=4, largest=4)
+        >>> drawn.sort(dim=1).values
+        tensor([[0, 1, 2, 3],
+                [0, 1, 2, 3]])
+    """
+    half = max(1, ((largest - 1).bit_length() + 1) // 2)
+    share = smallest / 4**half
+    # six standard deviations more than are needed on average: fewer than `count` hits never happen
+    tried = math.ceil((count + 6 * math.sqrt(count * (1 - share)) + 16) / share)
+    place = torch.arange(min(tried, 4**half), device=key.device)
+    high, low = (place >> half)[None], (place & (2**half - 1))[None]
+    for turn in range(6):
+        high, low = low, high ^ (_mix(low + _mix(key + turn)[:, None]) & (2**half - 1))
+    drawn = (high << half) | low
+    hit = drawn < population[:, None]
+    slot = torch.where(hit, hit.cumsum(dim=1) - 1, count).clamp(max=count)
+    bits = _mix(key[:, None] + (torch.arange(count + 1, device=key.device) + 7) * _GAMMA)
+    repeated = ((bits >> 1) & ((1 << 62) - 1)) % population[:, None]
+    distinct = repeated.scatter(1, slot, drawn)
+    return torch.where(population[:, None] < count, repeated, distinct)[:, :count]

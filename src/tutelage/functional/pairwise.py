@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Vectors and the relations between pairs of them."""
+
+import torch
+from torch import Tensor
+
+
+def unit(vectors: Tensor, dim: int = -1, floor: float = 1e-12) -> Tensor:
+    """Return vectors of length one; those shorter than `floor` become 0 and get no gradient.
+
+    Args:
+        vectors: of any shape.
+        dim: along which a vector lies.
+        floor: the length below which a vector has no direction.
+
+    Example:
+        >>> unit(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[0.6000, 0.8000],
+                [0.0000, 0.0000]])
+    """
+    length = torch.linalg.vector_norm(vectors, dim=dim, keepdim=True)
+    return torch.where(length > floor, vectors / length.clamp(min=floor), 0.0)
+
+
+def distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the Euclidean distance of each row to each other one, `[N, D]` and `[M, D]` to `[N, M]`.
+
+    Differences are taken before squaring: the difference of near rows keeps its digits, as it does not with
+    the Gram matrix. Equal rows have distance 0 and no gradient.
+
+    Example:
+        >>> distances(torch.zeros(1, 2), torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+        tensor([[5., 0.]])
+    """
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
