@@ -72,8 +72,7 @@ class Comparison:
         )
         note = (
             "Mean ± sample standard deviation over seeds, after the last step. Differences to "
-            f"{self.baseline} are paired by seed; the interval is Student's t. All seeds share one split of "
-            "the data."
+            f"{self.baseline} are paired by seed, with their 95 % Student-t interval over seeds."
         )
         return Table(columns, rows, title=title, note=note)
 

@@ -74,7 +74,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], *, higher
 
     Convention:
         - value minus baseline, in the unit given; `higher` says which sign is a win
-        - the interval speaks of seeds, on one split of the data; it assumes roughly normal differences
+        - the interval speaks of seeds, not of other data; it assumes roughly normal differences
         - one pair has no spread and no interval: None, never NaN
 
     Args:
