@@ -2,10 +2,13 @@
 """How every verb speaks: tables for people, one JSON document for programs."""
 
 import json
+import os
 import sys
 from typing import Annotated, Any
 
 import typer
+
+FIRST = os.environ.get("RANK", "0") == "0"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Sets = Annotated[
@@ -21,8 +24,9 @@ def document(value: Any) -> None:
 
 
 def remark(text: str) -> None:
-    """Tell the user something beside the result."""
-    print(text, file=sys.stderr)
+    """Tell the user something beside the result; of several processes of a run, the first one speaks."""
+    if FIRST:
+        print(text, file=sys.stderr)
 
 
 def scores_text(scores: Any) -> str:
@@ -31,13 +35,15 @@ def scores_text(scores: Any) -> str:
 
 
 def finished(result: Any, as_json: bool) -> None:
-    """Print what a run ended with."""
-    measures = result.measures.plain()
-    if as_json:
-        document({"scores": dict(result.scores), "measures": measures, "folder": str(result.folder.path)})
+    """Print what a run ended with; of several processes of a run, the first one speaks."""
+    home = result.folder.path
+    if not FIRST:
         return
-    print(scores_text(result.scores))
-    print(f"\n{result.folder.path}/student.safetensors, report.html")
+    if as_json:
+        measures = result.measures.plain()
+        document({"scores": dict(result.scores), "measures": measures, "folder": str(home)})
+    else:
+        print(f"{scores_text(result.scores)}\n\n{home}/student.safetensors\n{home}/report.html")
 
 
 def compared_text(compared: Any) -> None:
