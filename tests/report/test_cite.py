@@ -42,10 +42,7 @@ def test_an_entry_holds_what_the_card_says() -> None:
 
 
 def test_names_of_several_words_stay_whole_and_the_rest_are_others() -> None:
-    assert (
-        fields(bibtex(card(authors="van den Oord, Li, et al.")))["author"]
-        == "{van den Oord} and Li and others"
-    )
+    assert fields(bibtex(card(authors="van den Oord, Li, et al.")))["author"] == "{van den Oord} and Li and others"
 
 
 def test_special_characters_are_escaped() -> None:

@@ -34,9 +34,7 @@ class Tied(nn.Module):
 def test_parameters_and_bytes_count_tied_weights_once() -> None:
     found = measure(Tied(), torch.zeros(1, 3, dtype=torch.int64), batch=2, repeats=3)
     assert found.parameters == 7 * 4 + 2 * 4
-    assert (
-        found.size == 4 * (7 * 4 + 2 * 4 + 2 * 4) + 8
-    )  # with running mean and variance, and an int64 counter
+    assert found.size == 4 * (7 * 4 + 2 * 4 + 2 * 4) + 8  # with running mean and variance, and an int64 counter
 
 
 def test_bytes_follow_the_dtype_and_leave_out_what_is_not_saved() -> None:

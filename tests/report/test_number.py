@@ -8,16 +8,12 @@ from tutelage.report.number import MINUS, MISSING, count, fixed, interval, milli
     ("value", "deviation", "text"),
     [(0.93412, None, "93.4"), (1.0, 0.0, "100.0 ± 0.0"), (0.5, 0.0123, "50.0 ± 1.2"), (None, None, MISSING)],
 )
-def test_accuracies_are_percent_with_one_decimal(
-    value: float | None, deviation: float | None, text: str
-) -> None:
+def test_accuracies_are_percent_with_one_decimal(value: float | None, deviation: float | None, text: str) -> None:
     assert percent(value, deviation) == text
 
 
 def test_a_missing_number_is_a_dash_whatever_its_kind() -> None:
-    assert {fixed(None), percent(None), signed(None), count(None), size(None), milliseconds(None)} == {
-        MISSING
-    }
+    assert {fixed(None), percent(None), signed(None), count(None), size(None), milliseconds(None)} == {MISSING}
 
 
 def test_negative_numbers_have_a_minus_sign_not_a_hyphen() -> None:

@@ -108,8 +108,7 @@ def test_the_page_stands_alone() -> None:
     loading = [
         (tag, name, value)
         for tag, name, value in reader.attributes
-        if name in ("src", "srcset", "href", "xlink:href", "data", "poster", "action")
-        and not value.startswith("#")
+        if name in ("src", "srcset", "href", "xlink:href", "data", "poster", "action") and not value.startswith("#")
     ]
     assert loading == [("a", "href", "https://arxiv.org/abs/1503.02531")]
     assert not {"script", "link", "iframe", "img", "base"} & set(reader.tags)

@@ -39,9 +39,7 @@ def every_plot(name: str) -> dict[str, Plot]:
     """One plot of each kind with a series of this name."""
     pairs = paired({0: 0.8, 1: 0.82}, {0: 0.7, 1: 0.75})
     return {
-        "curves": curves(
-            {name: [a_curve(0.1, 0.5, 0.6), a_curve(0.2, 0.6, 0.7)], "alone": [a_curve(0.1, 0.2)]}, TOP1
-        ),
+        "curves": curves({name: [a_curve(0.1, 0.5, 0.6), a_curve(0.2, 0.6, 0.7)], "alone": [a_curve(0.1, 0.2)]}, TOP1),
         "scores": scores({name: [0.8, 0.82], "alone": [0.7]}, TOP1, teacher=0.9),
         "differences": differences({name: pairs}, TOP1, "alone"),
         "parts": loss_parts({name: a_curve(3.0, 2.0, 1.0), "task": a_curve(300.0, 200.0, 100.0)}),
@@ -86,9 +84,7 @@ def test_each_plot_is_one_self_contained_element(kind: str) -> None:
 def test_every_colour_is_a_variable_of_the_page(kind: str) -> None:
     svg = every_plot("KD")[kind].svg
     bare = re.sub(r"var\(--[a-z0-9-]+, #[0-9a-f]{6}\)", "", svg)
-    assert (
-        set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r"url\([^)]*\)|(?:id|href)=\"[^\"]*\"", "", bare))) == set()
-    )
+    assert set(re.findall(r"#[0-9a-f]{6}\b", re.sub(r"url\([^)]*\)|(?:id|href)=\"[^\"]*\"", "", bare))) == set()
     declared = (Path(home.__file__).parent / "page.css").read_text(encoding="utf-8")
     used = set(re.findall(r"var\(--([a-z0-9-]+),", svg))
     assert used
@@ -123,9 +119,7 @@ def test_the_same_data_give_the_same_drawing() -> None:
 
 def test_settings_of_matplotlib_neither_matter_nor_change() -> None:
     plain = every_plot("KD")
-    with mpl.rc_context(
-        {"axes.facecolor": "black", "font.size": 30, "axes.grid": True, "svg.fonttype": "path"}
-    ):
+    with mpl.rc_context({"axes.facecolor": "black", "font.size": 30, "axes.grid": True, "svg.fonttype": "path"}):
         before = dict(mpl.rcParams)
         assert every_plot("KD") == plain
         assert dict(mpl.rcParams) == before
@@ -230,8 +224,7 @@ def test_smoothing_is_the_mean_over_a_window() -> None:
     values = np.random.default_rng(0).normal(size=23)
     for width in (1, 2, 5):
         by_hand = [
-            values[max(n - width // 2, 0) : max(n - width // 2, 0, n + (width + 1) // 2)].mean()
-            for n in range(23)
+            values[max(n - width // 2, 0) : max(n - width // 2, 0, n + (width + 1) // 2)].mean() for n in range(23)
         ]
         assert home._smooth(values, width) == pytest.approx(np.array(by_hand))
 

@@ -49,9 +49,7 @@ def read(html: str) -> Cells:
 
 
 def test_all_forms_say_the_same() -> None:
-    table = Table(
-        ("method", "top-1 (%)"), (("KD", "93.4 ± 0.3"), ("alone", None)), title="Results", note="5 seeds"
-    )
+    table = Table(("method", "top-1 (%)"), (("KD", "93.4 ± 0.3"), ("alone", None)), title="Results", note="5 seeds")
     for form in (
         written(table),
         table.markdown(),
@@ -68,9 +66,7 @@ def test_hostile_text_stands_for_itself_in_every_form() -> None:
     assert found.texts == ["a", HOSTILE]
     assert "script" not in found.tags
     assert written(table).count(HOSTILE) == 3
-    (line,) = (
-        line for line in table.markdown().splitlines() if line.startswith("| <") or line.startswith(r"| \<")
-    )
+    (line,) = (line for line in table.markdown().splitlines() if line.startswith("| <") or line.startswith(r"| \<"))
     assert line[2:-2].replace("\\", "") == HOSTILE.replace("\\", "")
     for sign in "|*_[]<>~$&":
         place = line.index(sign, 2)

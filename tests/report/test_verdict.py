@@ -29,9 +29,7 @@ def shifted(*by: float) -> dict[int, float]:
         (-0.3, -0.1, False, "gain"),
     ],
 )
-def test_a_gain_needs_the_whole_interval_on_the_better_side(
-    low: float, high: float, higher: bool, kind: str
-) -> None:
+def test_a_gain_needs_the_whole_interval_on_the_better_side(low: float, high: float, higher: bool, kind: str) -> None:
     assert judge(Paired(3, (low + high) / 2, 0.1, low, high, 0, 3, 0), higher=higher) == kind
 
 
@@ -61,8 +59,7 @@ def test_one_method_is_the_headline_itself() -> None:
     # mean 2.5 points, s = 0.5, half width = 4.3027 * 0.5 / sqrt(3) = 1.242
     assert verdict.kind == "gain"
     assert verdict.sentence == (
-        "KD improves top-1 accuracy by 2.5 points against alone "
-        "(95 % interval +1.3 to +3.7; better in 3 of 3 seeds)."
+        "KD improves top-1 accuracy by 2.5 points against alone (95 % interval +1.3 to +3.7; better in 3 of 3 seeds)."
     )
     assert verdict.details == ()
 
@@ -118,8 +115,7 @@ def test_one_run_never_claims_a_gain() -> None:
     bare = Verdict.of_run(TOP1, 0.8)
     assert bare.kind == "not compared"
     assert bare.sentence == (
-        "The student ends at 80.0 % top-1 accuracy. "
-        "No student was trained alone, so nothing is known of a gain."
+        "The student ends at 80.0 % top-1 accuracy. No student was trained alone, so nothing is known of a gain."
     )
     both = Verdict.of_run(TOP1, 0.8, teacher=0.9, baseline=0.7)
     assert both.kind == "unclear"

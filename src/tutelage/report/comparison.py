@@ -35,8 +35,7 @@ class Comparison:
     def __post_init__(self) -> None:
         if self.baseline not in self.scores:
             raise UserError(
-                f"nothing to compare with: no scores of {self.baseline!r}"
-                f"{nearest(self.baseline, self.scores)}"
+                f"nothing to compare with: no scores of {self.baseline!r}{nearest(self.baseline, self.scores)}"
             )
         alone = self.scores[self.baseline]
         others = {label: found for label, found in self.scores.items() if label != self.baseline}
@@ -80,8 +79,6 @@ class Comparison:
         """Return the cells of a difference; the baseline has none."""
         if pairs is None:
             return None, None, None
-        if pairs.low is None or pairs.high is None:
-            width = MISSING
-        else:
-            width = self.metric.interval(pairs.low, pairs.high)
+        ends = None if pairs.low is None or pairs.high is None else (pairs.low, pairs.high)
+        width = MISSING if ends is None else self.metric.interval(*ends)
         return self.metric.difference(pairs.mean), width, f"{pairs.wins} / {pairs.ties} / {pairs.losses}"

@@ -131,9 +131,7 @@ def multiply_accumulates(model: nn.Module | Model, inputs: Any) -> int:
 
 def weight_bytes(module: nn.Module) -> int:
     """Return the bytes of everything in a state dict; a tensor under two names counts once."""
-    found = {
-        id(value): value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)
-    }
+    found = {id(value): value for value in module.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
     return sum(tensor.numel() * tensor.element_size() for tensor in found.values())
 
 
@@ -146,9 +144,7 @@ def rows(sample: Any, number: int, device: torch.device) -> Any:
     if isinstance(sample, Mapping):
         return {name: rows(part, number, device) for name, part in sample.items()}
     if not isinstance(sample, Tensor):
-        raise UserError(
-            f"a sample to measure with is a tensor or a mapping of tensors, not {type(sample).__name__}"
-        )
+        raise UserError(f"a sample to measure with is a tensor or a mapping of tensors, not {type(sample).__name__}")
     if sample.ndim == 0 or not len(sample):
         raise UserError("a sample to measure with needs at least one row")
     return sample.to(device)[torch.arange(number, device=device) % len(sample)]
@@ -226,7 +222,5 @@ def table(measures: Mapping[str, Measures], title: str = "Size and speed") -> Ta
     places = sorted(
         {f"{one.device}, {one.threads} thread{'s' if one.threads > 1 else ''}" for one in measures.values()}
     )
-    note = (
-        f"MACs of one sample. Times: median (interquartile range) on {'; '.join(places)}." if places else ""
-    )
+    note = f"MACs of one sample. Times: median (interquartile range) on {'; '.join(places)}." if places else ""
     return Table(columns, lines, title=title, note=note)

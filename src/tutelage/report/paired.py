@@ -36,9 +36,7 @@ class Summary:
         """
         found = [float(value) for value in values]
         if not all(math.isfinite(value) for value in found):
-            raise UserError(
-                "a score is not finite: a run that diverged has no place in a mean; leave it out by name"
-            )
+            raise UserError("a score is not finite: a run that diverged has no place in a mean; leave it out by name")
         return cls(len(found), fmean(found) if found else None, stdev(found) if len(found) > 1 else None)
 
 

@@ -107,9 +107,7 @@ class Dot:
     deviation: float | None = None
 
 
-def styles(
-    names: Sequence[str], reference: str | None = None, teacher: str | None = None
-) -> dict[str, Style]:
+def styles(names: Sequence[str], reference: str | None = None, teacher: str | None = None) -> dict[str, Style]:
     """Return the look of each series by its place, the same in every plot of a page that is given it.
 
     Args:
@@ -146,9 +144,7 @@ def curves(
     looks = {**styles(list(runs)), **(looks or {})}
     scale = 100.0 if metric.percent else 1.0
     seeds = max((len(found) for found in runs.values()), default=0)
-    caption = (
-        f"Mean of {seeds} seeds; the band is one sample standard deviation." if seeds > 1 else "One seed."
-    )
+    caption = f"Mean of {seeds} seeds; the band is one sample standard deviation." if seeds > 1 else "One seed."
     drawn: dict[str, np.ndarray[Any, Any]] = {}
     for label, found in runs.items():
         maps = [dict(one) for one in found]
@@ -164,9 +160,7 @@ def curves(
         for label, (places, mean, spread) in drawn.items():
             look = looks[label]
             if spread.any():
-                axes.fill_between(
-                    places, mean - spread, mean + spread, color=look.color, alpha=0.16, linewidth=0
-                )
+                axes.fill_between(places, mean - spread, mean + spread, color=look.color, alpha=0.16, linewidth=0)
             lone = {"marker": look.marker, "markersize": 4} if len(places) < 12 else {}
             axes.plot(places, mean, color=look.color, linewidth=1.8, linestyle=look.dash, **lone)
         _grid(axes, metric.head, x)
@@ -196,9 +190,7 @@ def scores(
     kept = {label: [scale * value for value in values] for label, values in found.items() if values}
     if not kept:
         return _empty(title)
-    texts = {
-        label: metric.show(s.mean, s.deviation) for label, s in ((k, Summary.of(found[k])) for k in kept)
-    }
+    texts = {label: metric.show(s.mean, s.deviation) for label, s in ((k, Summary.of(found[k])) for k in kept)}
     top = 34.0 if teacher is not None else 12.0
     with _drawing(
         top + 42 + 34 * len(kept), left=_room(kept), right=_room(texts.values()), top=top, title=title
@@ -208,9 +200,7 @@ def scores(
             look, mean = looks[label], fmean(values)
             if len(values) > 1:
                 width = stdev(values)
-                axes.plot(
-                    [mean - width, mean + width], [place, place], color=look.color, linewidth=7, alpha=0.25
-                )
+                axes.plot([mean - width, mean + width], [place, place], color=look.color, linewidth=7, alpha=0.25)
                 axes.plot(
                     values,
                     [place] * len(values),
@@ -226,11 +216,7 @@ def scores(
             _upright(axes, scale * teacher, f"teacher {metric.show(teacher)}")
         _along(axes, metric.head)
     several = max(map(len, kept.values())) > 1
-    caption = (
-        "Dots are seeds, the mark their mean, the bar one sample standard deviation."
-        if several
-        else "One seed."
-    )
+    caption = "Dots are seeds, the mark their mean, the bar one sample standard deviation." if several else "One seed."
     return Plot(title, sheet.svg, caption)
 
 
@@ -257,17 +243,13 @@ def differences(
     if not kept:
         return _empty(title)
     texts = [metric.difference(pairs.mean) for pairs in kept.values()]
-    with _drawing(
-        34 + 42 + 34 * len(kept), left=_room(kept), right=_room(texts), top=34, title=title
-    ) as sheet:
+    with _drawing(34 + 42 + 34 * len(kept), left=_room(kept), right=_room(texts), top=34, title=title) as sheet:
         axes = sheet.axes
         for place, (label, pairs) in enumerate(kept.items()):
             look, mean = looks[label], scale * (pairs.mean or 0.0)
             if pairs.low is not None and pairs.high is not None:
                 ends = [scale * pairs.low, scale * pairs.high]
-                axes.plot(
-                    ends, [place, place], "|-", color=look.color, linewidth=2, markersize=9, markeredgewidth=2
-                )
+                axes.plot(ends, [place, place], "|-", color=look.color, linewidth=2, markersize=9, markeredgewidth=2)
             axes.plot([mean], [place], **look.mark)
         _rows(axes, list(kept), texts, looks)
         _upright(axes, 0.0, baseline)
@@ -291,9 +273,7 @@ def loss_parts(
         title: of the plot.
     """
     looks = {**styles(list(found)), **(looks or {})}
-    finite = {
-        label: [point for point in points if math.isfinite(point[1])] for label, points in found.items()
-    }
+    finite = {label: [point for point in points if math.isfinite(point[1])] for label, points in found.items()}
     kept = {label: np.array(points, dtype=float).T for label, points in finite.items() if points}
     if not kept:
         return _empty(title)
@@ -406,17 +386,13 @@ def _drawing(
 def _inline(text: str, title: str) -> Markup:
     """Turn a file of matplotlib into an element of a page: no prolog, its own ids, variables for colours."""
     text = text[text.index("<svg") :]
-    text = re.sub(
-        r"\s*<(metadata|style).*?</\1>", "", text, flags=re.DOTALL
-    )  # its style is one for every element
+    text = re.sub(r"\s*<(metadata|style).*?</\1>", "", text, flags=re.DOTALL)  # its style is one for every element
     head, _, body = text.partition(">")
     view = re.search(r'viewBox="[^"]*"', head)
     assert view is not None
     for sentinel, (variable, color) in VARIABLES.items():
         body = body.replace(sentinel, f"var(--{variable}, {color})")
-    body = re.sub(
-        r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", body
-    )  # one property until matplotlib 3.10
+    body = re.sub(r"font: ([0-9.]+)px [^;\"]*", r"font-size: \1px", body)  # one property until matplotlib 3.10
     body = re.sub(r" font-family: [^;\"]*;?", "", body)
     body = re.sub(r' transform="rotate\(-?0 [^"]*"', "", body)
     used = set(re.findall(r"url\(#([^)]+)\)", body)) | set(re.findall(r'href="#([^"]+)"', body))
@@ -424,9 +400,7 @@ def _inline(text: str, title: str) -> Markup:
     body = re.sub(r' id="([^"]+)"', lambda m: f' id="{mark}-{m[1]}"' if m[1] in used else "", body)
     body = re.sub(r"url\(#", f"url(#{mark}-", body)
     body = re.sub(r'(?:xlink:)?href="#', f'href="#{mark}-', body)
-    head = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" {view[0]} stroke-linejoin="round">'
-    )
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" role="img" {view[0]} stroke-linejoin="round">'
     return Markup(head) + Markup("<title>{}</title>").format(title) + Markup(body)
 
 
@@ -435,9 +409,7 @@ def _empty(title: str) -> Plot:
     with _drawing(90, title=title) as sheet:
         axes = sheet.axes
         axes.set_axis_off()
-        axes.text(
-            0.5, 0.5, "nothing recorded", ha="center", va="center", color=MUTED, transform=axes.transAxes
-        )
+        axes.text(0.5, 0.5, "nothing recorded", ha="center", va="center", color=MUTED, transform=axes.transAxes)
     return Plot(title, sheet.svg)
 
 
@@ -450,9 +422,7 @@ def _grid(axes: Any, head: str, x: str, *, costs: bool = False) -> None:
     axes.yaxis.grid(True, color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     low, high = axes.get_ylim()
-    widest = max(
-        (_width(_number(tick, None)) for tick in axes.get_yticks() if low <= tick <= high), default=0.0
-    )
+    widest = max((_width(_number(tick, None)) for tick in axes.get_yticks() if low <= tick <= high), default=0.0)
     x0, y0, width, height = axes.get_position().bounds
     left = max(x0, (widest + 10) / WIDTH)
     axes.set_position((left, y0, x0 + width - left, height))
@@ -511,9 +481,7 @@ def _rows(axes: Any, labels: Sequence[str], texts: Sequence[str], looks: Mapping
     for place, (label, text) in enumerate(zip(labels, texts, strict=True)):
         where = axes.get_yaxis_transform()
         options = {"va": "center", "transform": where, "parse_math": False, "clip_on": False}
-        axes.text(
-            -0.03, place, _wrapped(label), ha="right", color=looks[label].color, linespacing=1.1, **options
-        )
+        axes.text(-0.03, place, _wrapped(label), ha="right", color=looks[label].color, linespacing=1.1, **options)
         axes.text(1.03, place, text, ha="left", color=INK, **options)
 
 

@@ -62,9 +62,7 @@ def curve(records: Sequence[Record], kind: str, y: str, x: str = "step") -> list
 
 def parts(records: Sequence[Record]) -> tuple[str, ...]:
     """Return the labels of the loss's parts in training records, in order of appearance."""
-    found = (
-        key for record in records if record.get("kind") == "train" for key, v in record.items() if _number(v)
-    )
+    found = (key for record in records if record.get("kind") == "train" for key, v in record.items() if _number(v))
     return tuple(dict.fromkeys(key for key in found if key not in CLOCK))
 
 

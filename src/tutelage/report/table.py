@@ -55,14 +55,10 @@ class Table:
         if not self.alignment:
             object.__setattr__(self, "alignment", ("l" + "r" * width)[:width])
         if len(self.alignment) != width or set(self.alignment) - set(RULE):
-            raise ValueError(
-                f"alignment {self.alignment!r} does not fit {width} columns: one of l, c, r for each"
-            )
+            raise ValueError(f"alignment {self.alignment!r} does not fit {width} columns: one of l, c, r for each")
         for number, row in enumerate(self.rows):
             if len(row) != width:
-                raise ValueError(
-                    f"row {number} of {self.title or 'a table'} has {len(row)} cells for {width} columns"
-                )
+                raise ValueError(f"row {number} of {self.title or 'a table'} has {len(row)} cells for {width} columns")
 
     @property
     def cells(self) -> list[list[str]]:
@@ -95,14 +91,10 @@ class Table:
         widths = [max(3, *(len(line[n]) for line in lines)) for n in range(len(self.columns))]
         pad = {"l": str.ljust, "c": str.center, "r": str.rjust}
         text = [
-            "| "
-            + " | ".join(pad[s](c, w) for c, w, s in zip(line, widths, self.alignment, strict=True))
-            + " |"
+            "| " + " | ".join(pad[s](c, w) for c, w, s in zip(line, widths, self.alignment, strict=True)) + " |"
             for line in lines
         ]
-        rule = [
-            RULE[side].format("-" * (width - 2)) for side, width in zip(self.alignment, widths, strict=True)
-        ]
+        rule = [RULE[side].format("-" * (width - 2)) for side, width in zip(self.alignment, widths, strict=True)]
         text.insert(1, "| " + " | ".join(rule) + " |")
         above = [f"**{_markdown(self.title)}**", ""] if self.title else []
         below = ["", f"_{_markdown(self.note)}_"] if self.note else []
@@ -135,9 +127,7 @@ class Table:
     def latex(self) -> str:
         """Return a `table` environment with the rules of the booktabs package, every text escaped."""
         lines = [" & ".join(escape(cell) for cell in line) + r" \\" for line in (self.columns, *self.cells)]
-        head = [r"\begin{table}", r"  \centering"] + (
-            [rf"  \caption{{{escape(self.title)}}}"] if self.title else []
-        )
+        head = [r"\begin{table}", r"  \centering"] + ([rf"  \caption{{{escape(self.title)}}}"] if self.title else [])
         note = [rf"  \par\smallskip\footnotesize {escape(self.note)}"] if self.note else []
         body = [
             rf"  \begin{{tabular}}{{{self.alignment}}}",

@@ -43,15 +43,9 @@ class Verdict:
         if teacher is not None:
             text += f", {_beside(metric, student - teacher)} the teacher ({_value(metric, teacher)})"
         if baseline is None:
-            return cls(
-                "not compared", f"{text}. No student was trained alone, so nothing is known of a gain."
-            )
-        alone = (
-            f"{_beside(metric, student - baseline)} the student trained alone ({_value(metric, baseline)})"
-        )
-        return cls(
-            "unclear", f"{text}{',' if teacher is None else ' and'} {alone}; one seed has no interval."
-        )
+            return cls("not compared", f"{text}. No student was trained alone, so nothing is known of a gain.")
+        alone = f"{_beside(metric, student - baseline)} the student trained alone ({_value(metric, baseline)})"
+        return cls("unclear", f"{text}{',' if teacher is None else ' and'} {alone}; one seed has no interval.")
 
     @classmethod
     def of_comparison(cls, metric: Metric, baseline: str, found: Mapping[str, Paired]) -> "Verdict":
@@ -103,9 +97,7 @@ def sentence(metric: Metric, label: str, baseline: str, pairs: Paired) -> str:
     if pairs.low is None or pairs.high is None:
         differs = f"{label} differs from {baseline} by {mean} of {metric.label}"
         return f"{differs} on one seed; one seed has no interval."
-    proof = (
-        f"95 % interval {metric.interval(pairs.low, pairs.high)}; better in {pairs.wins} of {pairs.n} seeds"
-    )
+    proof = f"95 % interval {metric.interval(pairs.low, pairs.high)}; better in {pairs.wins} of {pairs.n} seeds"
     proof += f", equal in {pairs.ties}" if pairs.ties else ""
     kind = judge(pairs, higher=metric.higher)
     if kind == "unclear":
