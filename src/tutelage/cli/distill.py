@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from tutelage.cli._show import Json, Quiet, Sets, finished, remark
+from tutelage.core.error import UserError
 
 Student = Annotated[str | None, typer.Option(help="The model that learns, e.g. timm:resnet18.")]
 Teacher = Annotated[str | None, typer.Option(help="The model that knows, e.g. timm:resnet34.")]
@@ -33,7 +34,11 @@ def distill(
     """
     from tutelage.run.quick import asked
 
+    if recipe is None and student is not None and teacher is None and method is None:
+        raise UserError("give a --teacher, or a --method that needs none; tutelage train is for a student alone")
     chosen, name = asked(recipe, student=student, data=data, teacher=teacher, method=method, sets=sets)
+    if chosen.compare is not None:
+        raise UserError(f"{recipe} compares arms over seeds, which is not one run; see tutelage --help")
     from tutelage.run.distill import distill as run
 
     result = run(chosen, out or Path("runs", name), quiet=quiet, say=(lambda text: None) if quiet else remark)

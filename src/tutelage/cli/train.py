@@ -24,7 +24,7 @@ def train(
 
     chosen, name = asked(recipe, student=student, data=data, sets=sets)
     if recipe:
-        chosen = chosen.model_copy(update={"teacher": None, "objective": {"task": 1.0}})
+        chosen = chosen.model_copy(update={"teacher": None, "objective": {"task": 1.0}, "compare": None})
         name = f"{name}-alone"
     from tutelage.run.distill import distill as run
 
