@@ -5,9 +5,7 @@ import torch
 from torch import Tensor
 
 
-def as_written(
-    bank: Tensor, place: Tensor, index: Tensor, rows: Tensor, valid: Tensor | None = None
-) -> Tensor:
+def as_written(bank: Tensor, place: Tensor, index: Tensor, rows: Tensor, valid: Tensor | None = None) -> Tensor:
     """Return rows of a bank as they would be after `write(bank, index, rows, valid)`, which is not done.
 
     Args:

@@ -50,9 +50,7 @@ def gather_rows(rows: Tensor) -> tuple[Tensor, int]:
     """
     if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
         return rows, 0
-    lengths = [
-        torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(distributed.get_world_size())
-    ]
+    lengths = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(distributed.get_world_size())]
     distributed.all_gather(lengths, torch.tensor([len(rows)], device=rows.device))
     counts = tuple(torch.cat(lengths).tolist())
     everyone: Tensor = _Gather.apply(rows, counts)
