@@ -5,11 +5,11 @@ import torch
 from torch import Tensor
 
 
-def class_index(target: Tensor | None, labelled: Tensor | None, teacher_logits: Tensor) -> Tensor:
+def class_index(target: Tensor, labelled: Tensor | None, teacher_logits: Tensor) -> Tensor:
     """Return one class a row: its label, the largest of its soft labels, or what the teacher says.
 
     Args:
-        target: `[B]` classes (anything where unlabelled), `[B, K]` soft labels, or None: no row has a label.
+        target: `[B]` classes (anything where unlabelled) or `[B, K]` soft labels.
         labelled: `[B]` bool; all rows by default.
         teacher_logits: `[B, K]`; their largest class stands in for a missing label.
 
@@ -21,12 +21,8 @@ def class_index(target: Tensor | None, labelled: Tensor | None, teacher_logits: 
         >>> class_index(torch.tensor([1, -1]), torch.tensor([True, False]), teacher)
         tensor([1, 0])
     """
-    if target is not None and target.ndim == 2:
-        target = target.argmax(dim=1)
-    if target is not None and labelled is None:
-        return target
-    taught = teacher_logits.argmax(dim=1)
-    return taught if target is None else torch.where(labelled, target, taught)  # type: ignore[arg-type]
+    given = target.argmax(dim=1) if target.ndim == 2 else target
+    return given if labelled is None else torch.where(labelled, given, teacher_logits.argmax(dim=1))
 
 
 def without(logits: Tensor, index: Tensor) -> Tensor:

@@ -30,9 +30,7 @@ def case() -> MethodCase:
     )
 
 
-def drawn(
-    seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def drawn(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) -> tuple[Tensor, Tensor, Tensor]:
     """Free student logits, teacher logits, classes."""
     found = gaussian(seed, {"student": (rows, classes), "teacher": (rows, classes)}, scale)
     target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
@@ -82,9 +80,7 @@ def golden(claim: str, arrays: Arrays, meta: dict[str, Any]) -> dict[str, Any]:
     gamma=st.floats(0, 4),
     scale=st.floats(0, 30),
 )
-def test_equals_the_loops(
-    seed: int, rows: int, classes: int, temperature: float, gamma: float, scale: float
-) -> None:
+def test_equals_the_loops(seed: int, rows: int, classes: int, temperature: float, gamma: float, scale: float) -> None:
     student, teacher, target = drawn(seed, rows, classes, scale)
     expected = oracle.nkd(
         student.detach().numpy(), teacher.numpy(), target.numpy(), temperature=temperature, gamma=gamma
@@ -175,11 +171,11 @@ def test_without_a_label_the_teachers_class_counts(seed: int, kept: list[bool], 
     torch.testing.assert_close(nkd(student, teacher, given, labelled), nkd(student, teacher, full))
 
 
-def test_a_batch_without_targets() -> None:
+def test_a_batch_without_labels() -> None:
     here = case()
     student, teacher = here.tensors()
     assert teacher is not None
-    bare = replace(here.batch(), target=None, labelled=torch.zeros(6, dtype=torch.bool))
+    bare = Batch.of(torch.zeros(6, 1))
     expected = nkd(student["logits"], teacher["logits"], teacher["logits"].argmax(1))
     torch.testing.assert_close(here.loss(NKD(), student, teacher, bare), total(expected))
 
@@ -233,14 +229,10 @@ def test_constant_logits_are_finite() -> None:
 
 # errors
 
-LOGITS = (
-    "nkd takes two [B, K] tensors of logits of two classes or more: the student's are {}, the teacher's {}"
-)
+LOGITS = "nkd takes two [B, K] tensors of logits of two classes or more: the student's are {}, the teacher's {}"
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher"), [((2, 3), (2, 4)), ((2, 1), (2, 1)), ((2, 3, 4, 4), (2, 3, 4, 4))]
-)
+@pytest.mark.parametrize(("student", "teacher"), [((2, 3), (2, 4)), ((2, 1), (2, 1)), ((2, 3, 4, 4), (2, 3, 4, 4))])
 def test_logits_that_do_not_fit(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
     said = LOGITS.format(list(student), list(teacher))
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):

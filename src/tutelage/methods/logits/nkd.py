@@ -7,7 +7,6 @@ classes, and the authors' pseudo-code takes the teacher's confidence from the st
 
 from typing import final
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -43,7 +42,7 @@ OBJECTIVE = {"task": 1.0, "nkd": {"weight": 1.0}}
 def nkd(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    target: Tensor | None = None,
+    target: Tensor,
     labelled: Tensor | None = None,
     *,
     gamma: float = 1.5,
@@ -63,7 +62,7 @@ def nkd(
     Args:
         student_logits: `[B, K]`, any float dtype; compared in float32 or wider.
         teacher_logits: `[B, K]`.
-        target: `[B]` int64 classes (anything where unlabelled), `[B, K]` soft labels, or None.
+        target: `[B]` int64 classes (anything where unlabelled) or `[B, K]` soft labels.
         labelled: `[B]` bool, all by default.
         gamma: coefficient of the non-target part (ImageNet 1.5, between transformers 1.0, CIFAR-100 3.5).
         temperature: of the non-target part, > 0 (1 on ImageNet, 3 on CIFAR-100).
@@ -76,23 +75,20 @@ def nkd(
         UserError: if the shapes do not fit.
 
     Example:
+        >>> import torch
         >>> parts = nkd(torch.zeros(1, 3), torch.zeros(1, 3), torch.tensor([0]), gamma=1.0)
         >>> parts["target"], parts["nontarget"]
         (tensor(0.3662), tensor(0.6931))
 
     Reference: Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023, section 3.
     """
-    if (
-        student_logits.ndim != 2
-        or student_logits.shape != teacher_logits.shape
-        or student_logits.shape[1] < 2
-    ):
+    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape or student_logits.shape[1] < 2:
         raise UserError(
             "nkd takes two [B, K] tensors of logits of two classes or more: the student's are "
             f"{list(student_logits.shape)}, the teacher's {list(teacher_logits.shape)}"
         )
     rows, classes = student_logits.shape
-    if target is not None and target.shape not in ((rows,), (rows, classes)):
+    if target.shape not in ((rows,), (rows, classes)):
         raise UserError(
             f"nkd takes [B] classes or [B, K] soft labels for logits {list(student_logits.shape)}, "
             f"not a target of shape {list(target.shape)}"
@@ -125,10 +121,8 @@ class NKD(Term):
         Raises:
             UserError: if the targets of the data are no classes.
         """
-        if not isinstance(batch.target, torch.Tensor | None):
-            raise UserError(
-                f"nkd needs class labels, and this data has {type(batch.target).__name__} for a target"
-            )
+        if not isinstance(batch.target, Tensor):
+            raise UserError(f"nkd needs class labels, and this data has {type(batch.target).__name__} for a target")
         return nkd(
             student.logits,
             teacher.logits,
