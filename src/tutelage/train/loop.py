@@ -101,14 +101,12 @@ class Loop:
             last = done == self.total_steps
             if done % self.log_every == 0 or last:
                 self._write(losses, step)
-            due = bool(self.shelf and self.save_every and done % self.save_every == 0) or last
-            state = self._finite_state() if due else {}
+            save = bool(self.save_every) and (last or done % self.save_every == 0)
+            state = self._finite_state() if save or last else {}
             if last or (self.evaluate_every and done % self.evaluate_every == 0):
                 scores = self._score()
-            if (
-                due and self.shelf and ranks.rank() == 0
-            ):  # after the lines of this step: they are not repeated
-                self.shelf.put(done, state)
+            if save and self.shelf and ranks.rank() == 0:
+                self.shelf.put(done, state)  # after the lines of this step: a resumed run does not repeat them
         return self._scores() if scores is None else scores
 
     def begin(self) -> None:
@@ -260,6 +258,4 @@ class Loop:
         except UserError:
             raise
         except (KeyError, ValueError, TypeError) as error:
-            raise UserError(
-                f"{path} does not fit this run ({error}); remove it to go on without it"
-            ) from error
+            raise UserError(f"{path} does not fit this run ({error}); remove it to go on without it") from error
