@@ -7,10 +7,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tutelage.core import Batch, Facts, Reads, Signals, Tap, Term
+from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import bridge
 
 CLASSES = 5
+BLANK = Card(
+    name="Blank",
+    title="None",
+    authors="None",
+    year=2020,
+    venue="None",
+    paper="arxiv:0000.00000",
+    claims="None",
+    reads={"student": ("logits",), "teacher": ("logits",)},
+)
 
 
 class Small(nn.Module):
