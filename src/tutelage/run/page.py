@@ -53,7 +53,7 @@ def run_page(
 ) -> None:
     """Write the page of one run."""
     records = read_metrics(folder.metrics) if folder.metrics.exists() else []
-    rows = [(Metric.of(key).label, Metric.of(key).show(value)) for key, value in found.items()]
+    rows = [(Metric.of(key).head, Metric.of(key).show(value)) for key, value in found.items()]
     plots = [curves({"student": [curve(records, "evaluation", metric.key, "epoch")]}, metric)]
     if parts(records):
         plots.append(loss_parts({label: curve(records, "train", label) for label in parts(records)}))
@@ -79,7 +79,7 @@ def comparison_page(compared: "Compared", arms: Mapping[str, Recipe]) -> None:
     """Write the page of a comparison."""
     shown = [*arms.values()][-1]
     found, metric = compared.comparison, compared.comparison.metric
-    looks = styles([*found.scores], found.baseline)
+    looks = styles([*found.scores], found.baseline, "teacher")
     records = {
         arm: [read_metrics(folder / "metrics.jsonl") for folder in runs.values()] for arm, runs in compared.runs.items()
     }
@@ -89,7 +89,6 @@ def comparison_page(compared: "Compared", arms: Mapping[str, Recipe]) -> None:
     }
     if found.teacher is not None:
         dots = {"teacher": Dot(compared.measures["teacher"].macs, found.teacher), **dots}
-        looks = {**styles(["teacher", *found.scores], found.baseline), **looks}
     last = next(reversed(records))
     page = Page(
         title=compared.title,

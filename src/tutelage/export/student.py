@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A student as it is handed over: what it takes, what it gives, and the proof that the copy answers the same."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.core import InputSpec, Model
+from tutelage.core.error import UserError, nearest
+
+
+class Exported(nn.Module):
+    """A student that takes pixels in [0, 1] and normalises them itself, as a plain module.
+
+    Args:
+        model: the student.
+        normalised: leave the normalisation to the caller.
+    """
+
+    def __init__(self, model: Model, *, normalised: bool = False) -> None:
+        super().__init__()
+        self.module, self.call = model.module, model.call
+        spec = None if normalised else model.input
+        self.bgr = spec is not None and spec.bgr
+        mean, std = (spec.mean, spec.std) if spec is not None else ((), ())
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean or (0.0,)).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std or (1.0,)).view(1, -1, 1, 1), persistent=False)
+        self.normalises = bool(mean)
+
+    def forward(self, pixels: Tensor) -> Any:
+        """Return the student's output for `[B, C, H, W]` pixels."""
+        if self.bgr:
+            pixels = pixels.flip(1)
+        if self.normalises:
+            pixels = (pixels - self.mean) / self.std
+        return self.call(self.module, pixels) if self.call else self.module(pixels)
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Args:
+        path: of the file.
+        size: in bytes.
+        difference: largest absolute difference between the copy's answers and PyTorch's, or None where the
+            copy was not run.
+    """
+
+    path: Path
+    size: int
+    difference: float | None
+
+
+def example(model: Model, size: tuple[int, int] | None, rows: int = 2) -> Tensor:
+    """Return pixels in [0, 1] of the size a student takes.
+
+    Raises:
+        UserError: if neither the student nor the caller says a size.
+    """
+    spec = model.input or InputSpec()
+    chosen = spec.size or size
+    if chosen is None:
+        raise UserError("the student takes any size; say one: --size 224")
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(rows, spec.channels, *chosen, generator=generator)
+
+
+def kinds() -> list[str]:
+    """Return the formats: the files of this folder that write one."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "student"))
+
+
+def export(
+    model: Model,
+    path: Path,
+    kind: str,
+    *,
+    size: tuple[int, int] | None = None,
+    normalised: bool = False,
+) -> Export:
+    """Write a student in a format and check the copy against PyTorch.
+
+    Args:
+        model: the student, on the CPU.
+        path: of the file.
+        kind: `safetensors` (weights alone, keys as the library that made the model expects them), `onnx` or
+            `torch_export`.
+        size: (height, width) of the pixels, where the student takes any.
+        normalised: the copy takes normalised pixels; by default it takes [0, 1] and normalises itself.
+
+    Raises:
+        UserError: on an unknown format, or if the copy answers otherwise than the student.
+    """
+    from importlib import import_module
+
+    if kind not in kinds():
+        raise UserError(f"unknown format {kind!r}{nearest(kind, kinds())}")
+    model.module.eval()
+    written: Export = import_module(f"tutelage.export.{kind}").write(
+        Exported(model, normalised=normalised).eval(), example(model, size), path
+    )
+    return written
+
+
+def require_equal(found: Tensor, expected: Tensor, what: str) -> float:
+    """Return the largest difference of two answers.
+
+    Raises:
+        UserError: if it is more than rounding explains.
+    """
+    difference = (found.double() - expected.double()).abs().max().item()
+    scale = expected.abs().max().item()
+    if not difference <= 1e-4 * max(scale, 1.0):
+        raise UserError(f"{what} answers otherwise than the student: {difference:.2g} apart at a scale of {scale:.2g}")
+    return difference
