@@ -73,9 +73,7 @@ def test_taps_that_differ_have_names_that_differ() -> None:
 def test_roles_are_a_fixed_vocabulary() -> None:
     assert all(is_role(role) for role in ROLES)
     assert all(is_role(role) for role in ("stages[0]", "stages[-1].pre", "head.cls[2]", "q[11]"))
-    assert not any(
-        is_role(word) for word in ("stage", "stages[]", "stages[a]", "map.0", "layer4", "logits.post", "")
-    )
+    assert not any(is_role(word) for word in ("stage", "stages[]", "stages[a]", "map.0", "layer4", "logits.post", ""))
 
 
 # what is recorded
@@ -89,7 +87,7 @@ def test_roles_are_a_fixed_vocabulary() -> None:
         (Tap("head", side="input"), lambda n, x: n.body(x).mean((2, 3))),
         (Tap(""), lambda n, x: n(x)),
     ],
-    ids=str,
+    ids=["output", "input", "input of the head", "the whole model"],
 )
 def test_a_tap_holds_what_the_module_takes_or_gives(tap: Tap, expected: Any) -> None:
     network, pixels = Small().eval(), images()
