@@ -34,6 +34,8 @@ class Pipeline:
 
     def __call__(self, images: Tensor, view: Tensor) -> Tensor:
         """Return the changed images."""
+        if not len(images):  # not every operation takes an empty batch
+            return images
         for number, step in enumerate(self.steps):
             images = step(images, keys(number, view))
         return images
@@ -95,7 +97,7 @@ class RandomResizedCrop:
             resized(images[row : row + 1, :, top : top + height, left : left + width], pair(self.size))
             for row, (top, left, height, width) in enumerate(rectangles.tolist())
         ]
-        return torch.cat(rows) if rows else images
+        return torch.cat(rows)
 
 
 @final
@@ -221,8 +223,6 @@ class ByTorchvision:
 
     def __call__(self, images: Tensor, view: Tensor) -> Tensor:
         """Return the changed images."""
-        if not len(images):
-            return images
         with own_generator() as seed:
             changed = []
             for image, key in zip(images, view.tolist(), strict=True):

@@ -92,7 +92,7 @@ class Mix:
 
 
 def patch(size: tuple[int, int], share: float, draw: np.random.Generator) -> tuple[Tensor, float]:
-    """Return which pixels `[H, W]` stay when a rectangle around a random place is cut out, and their share."""
+    """Return which pixels `[H, W]` stay when a rectangle at a random place is cut, and their share."""
     height, width = size
     side = (1 - share) ** 0.5
     tall, wide = round(height * side), round(width * side)
