@@ -81,6 +81,8 @@ class Schedule:
                 start, end = (float(number) for number in value[shapes[0]])
             except (TypeError, ValueError):
                 raise UserError(f"{shapes[0]} takes two numbers, [start, end]") from None
+            if not (math.isfinite(start) and math.isfinite(end)):
+                raise UserError(f"{shapes[0]} takes finite numbers, not [{start}, {end}]")
             by = value.get("by", "steps")
             if by not in ("steps", "epochs"):
                 raise UserError(f"by: {by!r} is not known; valid: epochs, steps")
@@ -90,6 +92,8 @@ class Schedule:
             return cls(start, end, shapes[0], until, by)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise UserError(f"a weight is a number or a schedule, not {value!r}")
+        if not math.isfinite(value):
+            raise UserError(f"a weight is a finite number, not {value}")
         return cls(float(value), float(value))
 
     @property
