@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.networks import CLASSES, Small, images, small_batch
+from tutelage.core import Live, Model, Signals, Tap, Teacher
+from tutelage.core.error import UserError
+from tutelage.tasks.classification import Classification
+
+TASK = Classification(CLASSES)
+
+
+def live(mode: Any = "eval", **model: Any) -> tuple[Live, Small]:
+    network = Small()
+    with torch.no_grad():
+        network.bn.running_mean.add_(0.3)  # type: ignore[union-attr]
+    teacher = Live(Model(network, roles={"map": Tap("mix")}, modules={"classifier": "head"}, **model), mode)
+    return teacher, network
+
+
+def answer(teacher: Live, *taps: str) -> Signals:
+    if teacher.reader is None:
+        teacher.plan([Tap(role) for role in taps], [], TASK, small_batch())
+    return teacher.observe(small_batch())
+
+
+def statistics(network: Small) -> list[torch.Tensor]:
+    return [buffer.clone() for buffer in network.bn.buffers()]
+
+
+def test_a_teacher_is_frozen_and_answers_without_gradient() -> None:
+    teacher, network = live()
+    signals = answer(teacher, "map", "logits")
+    assert not any(p.requires_grad for p in network.parameters())
+    assert set(signals.taps) == {"map", "logits"}
+    assert not any(tap.requires_grad for tap in signals.taps.values())
+    torch.testing.assert_close(signals["map"], network.body(images()))
+    (signals.logits * torch.ones((), requires_grad=True)).sum().backward()  # may be saved for backward
+
+
+@pytest.mark.parametrize("disturb", [None, nn.Module.train, nn.Module.eval])
+@pytest.mark.parametrize("mode", ["eval", "batch_statistics", "train"])
+def test_modes_hold_whatever_is_called(mode: Any, disturb: Any) -> None:
+    teacher, network = live(mode)
+    answer(teacher)
+    if disturb is not None:
+        disturb(network)
+    before = statistics(network)
+    signals = teacher.observe(small_batch())
+    moved = not all(map(torch.equal, before, statistics(network)))
+    assert moved == (mode == "train")
+    assert network.drop.training == (mode == "train")
+    pixels = network.conv(images())
+    normed = nn.functional.batch_norm(pixels, None, None, network.bn.weight, network.bn.bias, training=True)
+    if mode == "batch_statistics":
+        expected = network.head(network.mix(normed.relu()).mean((2, 3)))
+        torch.testing.assert_close(signals.logits, expected)
+    elif mode == "eval":
+        torch.testing.assert_close(signals.logits, network.eval()(images()))
+
+
+def test_a_network_changes_its_mode_with_its_teacher() -> None:
+    first, network = live("batch_statistics")
+    answer(first)
+    before = statistics(network)
+    answer(Live(network, "train"))
+    assert not all(map(torch.equal, before, statistics(network)))
+    torch.testing.assert_close(answer(Live(network, "eval")).logits, network(images()))
+
+
+def test_an_unknown_mode_is_refused() -> None:
+    with pytest.raises(UserError, match="teacher mode 'evel' is not known; valid: batch_statistics, eval, train"):
+        live("evel")
+
+
+def test_a_lent_module_is_a_frozen_copy_that_lets_gradients_pass() -> None:
+    teacher, network = live("train")
+    signals = teacher.plan([Tap("map")], ["classifier"], TASK, small_batch())
+    lent = signals.borrowed["classifier"]
+    assert lent is not network.head
+    assert not lent.training
+    torch.testing.assert_close(lent.state_dict(), network.head.state_dict())
+    features = torch.rand(2, 4, requires_grad=True)
+    lent(features).sum().backward()
+    assert features.grad is not None
+    assert all(p.grad is None for p in lent.parameters())
+    with torch.no_grad():
+        network.head.weight.add_(1)
+    assert not torch.equal(lent.weight, network.head.weight)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="Small lends no 'neck'; it lends: classifier"):
+        teacher.plan([], ["neck"], TASK, small_batch())
+
+
+def test_a_teacher_plans_anew_without_old_hooks() -> None:
+    teacher, network = live()
+    for roles in (("map",), ("logits",)):
+        teacher.plan([Tap(role) for role in roles], [], TASK, small_batch())
+    assert not network.mix._forward_hooks
+    assert set(teacher.observe(small_batch()).taps) == {"logits"}
+    teacher.close()
+    with pytest.raises(RuntimeError, match="a teacher answers once a Distiller was built with it"):
+        teacher.observe(small_batch())
+
+
+def test_a_task_without_logits_is_named() -> None:
+    class Silent(Classification):  # type: ignore[misc]
+        name = "silent"
+
+        def logits(self, output: Any) -> Any:
+            return None
+
+    teacher, _ = live()
+    with pytest.raises(UserError, match="a term reads logits, and the task 'silent' has none"):
+        teacher.plan([Tap("logits")], [], Silent(CLASSES), small_batch())
+    assert set(teacher.plan([Tap("map")], [], Silent(CLASSES), small_batch()).taps) == {"map"}
+
+
+def test_a_teacher_of_one_s_own_needs_two_methods() -> None:
+    class Constant(Teacher):
+        def plan(self, *given: Any) -> Signals:
+            return self.observe(given[3])
+
+        def observe(self, batch: Any) -> Signals:
+            return Signals(None, {"logits": torch.zeros(len(batch), CLASSES)})
+
+    from tutelage.core import Distiller, Objective
+    from tutelage.methods.logits.kd import KD
+
+    distiller = Distiller(Small(), Objective(kd=KD()), task=TASK, teacher=Constant(), sample=small_batch())
+    losses = distiller(small_batch(), distiller.observe(small_batch()))
+    losses.total.backward()
+    distiller.after_step(losses)
+    distiller.close()
