@@ -64,7 +64,7 @@ class Batch:
     Args:
         inputs: what the models are called with: `[B, C, H, W]` pixels in [0, 1], or a mapping of tensors.
         target: `[B]` int64 classes (-1 unlabelled), `[B, K]` soft labels, or the task's own structure.
-        labelled: `[B]` bool.
+        labelled: `[B]` bool; `[B, L]` where every token has a label of its own.
         index: `[B]` int64 sample ids, the key of all randomness about a sample.
         view: `[B]` int64 keys of the augmentations that made these inputs.
         frame: geometry of a dense batch.
@@ -110,6 +110,30 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.index)
+
+    @property
+    def token_mask(self) -> Tensor:
+        """`[B, L]` bool: the tokens at which models are compared, the denominator `tokens`.
+
+        Raises:
+            UserError: if the batch is not of text.
+        """
+        if "token_mask" not in self.extra:
+            raise UserError("the batch does not say which tokens count: give extra={'token_mask': [B, L] bool}")
+        return torch.as_tensor(self.extra["token_mask"]).bool()
+
+    @property
+    def attention_mask(self) -> Tensor:
+        """`[B, L]` bool: the tokens that are not padding.
+
+        Raises:
+            UserError: if the batch is not of text.
+        """
+        inputs = self.inputs if isinstance(self.inputs, Mapping) else NONE
+        found = self.extra.get("attention_mask", inputs.get("attention_mask"))
+        if found is None:
+            raise UserError("the batch does not say what is padding: give inputs an `attention_mask` [B, L]")
+        return torch.as_tensor(found).bool()
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device; copies do not block the host."""
