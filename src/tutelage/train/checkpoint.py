@@ -65,9 +65,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return [_pack(part, f"{path}/{n}", tensors) for n, part in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise TypeError(
-        f"{path or 'state'} holds a {type(value).__name__}: only tensors, numbers and texts are saved"
-    )
+    raise TypeError(f"{path or 'state'} holds a {type(value).__name__}: only tensors, numbers and texts are saved")
 
 
 def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
@@ -151,9 +149,7 @@ def require_fit(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], wha
     ]
     found = (("missing", missing), ("unknown", unexpected), ("of another shape", misshapen))
     said = [
-        f"{len(keys)} {kind} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})"
-        for kind, keys in found
-        if keys
+        f"{len(keys)} {kind} ({', '.join(keys[:4])}{', ...' if len(keys) > 4 else ''})" for kind, keys in found if keys
     ]
     if said:
         raise UserError(f"{what} does not fit: {'; '.join(said)}")

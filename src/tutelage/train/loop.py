@@ -143,7 +143,7 @@ class Loop:
         moved = (batch.to(self.runtime.device) for batch in batches)
         shared = self.distiller.share([fed for batch in moved for fed in self.distiller.feed(batch)])
         for number, batch in enumerate(shared):
-            torch.manual_seed(mix(self.seed, step, DROPOUT, number, ranks.rank()))
+            self.runtime.seed(mix(self.seed, step, DROPOUT, number, ranks.rank()))
             with self.runtime.unsynced(self.call, number + 1 == len(shared)):
                 with self.runtime.autocast():
                     signals = self.distiller.observe(batch)

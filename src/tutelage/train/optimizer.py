@@ -46,9 +46,7 @@ def _from_timm(name: str) -> Callable[..., torch.optim.Optimizer]:
     from timm.optim import get_optimizer_class, list_optimizers
 
     if name not in list_optimizers():
-        raise UserError(
-            f"optimizer.name: unknown optimizer {name!r}{nearest(name, [*TORCH, *list_optimizers()])}"
-        )
+        raise UserError(f"optimizer.name: unknown optimizer {name!r}{nearest(name, [*TORCH, *list_optimizers()])}")
     try:
         found: Callable[..., torch.optim.Optimizer] = get_optimizer_class(name)
     except AssertionError as error:  # some need a GPU

@@ -82,6 +82,15 @@ class Runtime:
             broadcast_buffers=False,
         )
 
+    def seed(self, key: int) -> None:
+        """Seed the generators that dropout and its like draw from: the CPU's and this device's.
+
+        `torch.manual_seed` also leaves word for devices that are not in use, with a stack trace each time.
+        """
+        torch.default_generator.manual_seed(key)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(key)
+
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast region of the models."""
         if self.precision == "float32":
