@@ -15,12 +15,12 @@ from tutelage.report.measure import table as cost_table
 from tutelage.report.metric import Metric
 from tutelage.report.table import Table
 from tutelage.run.assemble import task_of
-from tutelage.run.distill import Result, distill, teacher_recipe
-from tutelage.run.objective import build as build_objective
+from tutelage.run.distill import Result, distill, rehearse, teacher_recipe
 from tutelage.run.objective import of_methods
 from tutelage.run.page import comparison_page
 from tutelage.run.recipe import Recipe, TaskSection, load
 from tutelage.train.checkpoint import write_text
+from tutelage.train.runtime import Runtime
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,8 @@ def compare(
         raise UserError("a comparison needs at least two arms and one seed")
     for name, recipe in arms.items():
         try:
-            build_objective(recipe.objective)  # every arm is valid before the first one trains
+            if not (folder / f"{_stem(name)}-{seeds[0]}").exists():  # every arm is valid before one trains
+                rehearse(recipe, Runtime(recipe.train.device, recipe.train.precision))
         except UserError as error:
             raise UserError(f"arm {name!r}: {error}") from error
     metric = Metric.of(task_of(next(iter(arms.values())).task, num_classes=2, class_names=()).headline)
@@ -172,7 +173,7 @@ def asked(
     Raises:
         UserError: on a seed that is no number, or an unknown recipe or method.
     """
-    found = {Path(name).stem: load(name, sets) for name in names}
+    found = {name: load(name, sets) for name in names}
     first = next(iter(found.values()))
     arms = baselines(first)
     if methods_text is not None:
@@ -180,7 +181,7 @@ def asked(
         arms |= {stem: with_objective(first, of_methods(stem)) for stem in stems}
     else:
         for name, recipe in found.items():
-            arms |= arms_of(recipe) if recipe.compare else {name: recipe}
+            arms |= arms_of(recipe) if recipe.compare else {Path(name).stem: recipe}
     try:
         seeds = tuple(int(seed) for seed in seeds_text.split(",")) if seeds_text else ()
     except ValueError:
