@@ -38,7 +38,7 @@ def distill(
         raise UserError("give a --teacher, or a --method that needs none; tutelage train is for a student alone")
     chosen, name = asked(recipe, student=student, data=data, teacher=teacher, method=method, sets=sets)
     if chosen.compare is not None:
-        raise UserError(f"{recipe} compares arms over seeds, which is not one run; see tutelage --help")
+        raise UserError(f"{recipe} is not one run, but arms over seeds: give it to tutelage compare")
     from tutelage.run.distill import distill as run
 
     result = run(chosen, out or Path("runs", name), quiet=quiet, say=(lambda text: None) if quiet else remark)
