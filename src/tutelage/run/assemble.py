@@ -160,9 +160,7 @@ def _read(distiller: Distiller) -> bool:
     return any(reads.teacher or reads.borrows for reads in terms)
 
 
-def assemble(
-    recipe: Recipe, *, teacher_weights: Path | None = None, runtime: Runtime | None = None
-) -> Assembled:
+def assemble(recipe: Recipe, *, teacher_weights: Path | None = None, runtime: Runtime | None = None) -> Assembled:
     """Return the objects of a run; the student's first weights are a function of the seed alone.
 
     Args:
@@ -175,9 +173,7 @@ def assemble(
     """
     settings = recipe.train
     runtime = runtime or Runtime(settings.device, settings.precision)
-    data = load_data(
-        recipe.data.model_dump(), seed=settings.seed, rank=ranks.rank(), world_size=ranks.world_size()
-    )
+    data = load_data(recipe.data.model_dump(), seed=settings.seed, rank=ranks.rank(), world_size=ranks.world_size())
     task = task_of(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
     sample = data.sample(max(1, min(2, recipe.data.batch_size // ranks.world_size())))
     per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)
@@ -185,9 +181,7 @@ def assemble(
     facts = data.facts(total, settings.seed, settings.accumulate)
 
     torch.manual_seed(mix(settings.seed, INIT))
-    student = _model(
-        {"model": recipe.student.model, "weights": recipe.student.weights, **recipe.student.options}, data
-    )
+    student = _model({"model": recipe.student.model, "weights": recipe.student.weights, **recipe.student.options}, data)
     teacher = teacher_of(recipe, data, teacher_weights)
     torch.manual_seed(mix(settings.seed, TERMS))
     rebuilds: list[Rebuild] = []
@@ -209,9 +203,7 @@ def assemble(
     )
     if teacher is not None and not rebuilds and not _read(distiller):
         distiller.close()
-        raise UserError(
-            "teacher: no term of the objective reads it; leave it out, or add a term that does, such as kd"
-        )
+        raise UserError("teacher: no term of the objective reads it; leave it out, or add a term that does, such as kd")
     if settings.compile:
         distiller.compile()
     return Assembled(recipe, runtime, data, task, student, rebuilds, distiller, sample, total, per_epoch)

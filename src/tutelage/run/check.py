@@ -128,15 +128,11 @@ def check(made: Assembled) -> Check:
 
 def _strengths(distiller: Distiller, found: list[dict[str, tuple[float, float]]]) -> dict[str, Strength]:
     objective = distiller.objective
-    means = {
-        label: tuple(sum(one[label][n] for one in found) / len(found) for n in range(2)) for label in found[0]
-    }
+    means = {label: tuple(sum(one[label][n] for one in found) / len(found) for n in range(2)) for label in found[0]}
     weights = {label: objective.final_weight(label) for label in means}
     for label, (value, gradient) in means.items():
         if weights[label] and not (torch.tensor([value, gradient]).isfinite().all()):
-            raise UserError(
-                f"objective.{label}: not finite on the first batches (value {value}, gradient {gradient})"
-            )
+            raise UserError(f"objective.{label}: not finite on the first batches (value {value}, gradient {gradient})")
         if weights[label] and gradient == 0 and label != "task":
             raise UserError(
                 f"objective.{label}: its gradient on the student is zero on two steps: it teaches nothing; "

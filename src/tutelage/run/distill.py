@@ -40,9 +40,7 @@ class Result:
     folder: RunFolder
 
 
-def score(
-    distiller_or_model: Distiller | Model, task: Task, loader: Loader, device: torch.device
-) -> dict[str, float]:
+def score(distiller_or_model: Distiller | Model, task: Task, loader: Loader, device: torch.device) -> dict[str, float]:
     """Return the task's scores of a student over a loader, in eval mode."""
     if isinstance(distiller_or_model, Distiller):
         module, answer = distiller_or_model.student, distiller_or_model.answer
@@ -78,9 +76,7 @@ def teacher_recipe(recipe: Recipe) -> Recipe:
         if given in changes["train"]:
             merged["train"][other] = changes["train"].get(other)
     student = {"model": section.model, "weights": section.weights, **section.options}
-    return parse(
-        {"task": plain["task"], "student": student, "objective": {"task": 1.0}, **merged}, where="teacher.fit"
-    )
+    return parse({"task": plain["task"], "student": student, "objective": {"task": 1.0}, **merged}, where="teacher.fit")
 
 
 def _every(text: str | None, steps_per_epoch: int) -> int:

@@ -76,9 +76,7 @@ class RunFolder:
 
     def recipe(self) -> Recipe:
         """Return the resolved recipe."""
-        return parse(
-            read_yaml(read_text(self.recipe_path), str(self.recipe_path)), where=str(self.recipe_path)
-        )
+        return parse(read_yaml(read_text(self.recipe_path), str(self.recipe_path)), where=str(self.recipe_path))
 
     def save_student(self, module: nn.Module, card: Mapping[str, Any]) -> None:
         """Write the student's weights and how to build it again."""

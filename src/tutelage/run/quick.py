@@ -38,9 +38,7 @@ def recipe(
     if thirsty and teacher is None:
         raise UserError(f"--method {'+'.join(thirsty)} needs a --teacher")
     if teacher is not None and not thirsty:
-        raise UserError(
-            f"--method {chosen} reads no teacher; leave --teacher out, or add a method that reads one"
-        )
+        raise UserError(f"--method {chosen} reads no teacher; leave --teacher out, or add a method that reads one")
     given = {
         "student": student,
         "data": data,
@@ -54,9 +52,7 @@ def recipe(
 def overrides(*, student: str | None, data: str | None, teacher: str | None, method: str | None) -> list[str]:
     """Return the flags as changes to a recipe that was given too."""
     if method is not None:
-        raise UserError(
-            "--method belongs to the quick form; a recipe has its objective: change it with --set"
-        )
+        raise UserError("--method belongs to the quick form; a recipe has its objective: change it with --set")
     places = {"student.model": student, "data.source": data, "teacher.model": teacher}
     return [f"{place}={value}" for place, value in places.items() if value is not None]
 

@@ -193,9 +193,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
-                raise yaml.constructor.ConstructorError(
-                    None, None, "a key must be a word", key_node.start_mark
-                )
+                raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key!r} is written twice", key_node.start_mark
@@ -247,9 +245,7 @@ def locate(name: str) -> Path:
     if len(matches) == 1:
         return matches[0]
     if matches:
-        raise UserError(
-            f"recipe {name!r} is ambiguous: {', '.join(k for k, p in names.items() if p in matches)}"
-        )
+        raise UserError(f"recipe {name!r} is ambiguous: {', '.join(k for k, p in names.items() if p in matches)}")
     raise UserError(f"no recipe {name!r}{nearest(name, names)}")
 
 
@@ -334,9 +330,7 @@ def _set(recipe: dict[str, Any], change: str) -> None:
     try:
         place[last] = yaml.load(value, _Loader)
     except yaml.YAMLError as error:
-        raise UserError(
-            f"--set {change}: the value is not YAML ({getattr(error, 'problem', error)})"
-        ) from error
+        raise UserError(f"--set {change}: the value is not YAML ({getattr(error, 'problem', error)})") from error
 
 
 def explain(error: ValidationError, model: type[BaseModel], also: Collection[str] = ()) -> str:
