@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Maps over positions: bringing two to one size, where a map looks, what is said at each place."""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from tutelage.functional.divergence import kl_divergence
+
+
+def match(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
+    """Return both maps at the size of the lower one, the other averaged over cells of its own.
+
+    Args:
+        student_map: `[B, C, H, W]`.
+        teacher_map: `[B, C', H', W']`; the lower map is the one with fewer rows, then with fewer columns.
+
+    Example:
+        >>> import torch
+        >>> one, two = match(torch.zeros(1, 1, 4, 4), torch.zeros(1, 3, 2, 2))
+        >>> one.shape, two.shape
+        (torch.Size([1, 1, 2, 2]), torch.Size([1, 3, 2, 2]))
+    """
+    (height, width), (rows, columns) = student_map.shape[2:], teacher_map.shape[2:]
+    if (height, width) > (rows, columns):
+        return F.adaptive_avg_pool2d(student_map, (rows, columns)), teacher_map
+    if (height, width) < (rows, columns):
+        return student_map, F.adaptive_avg_pool2d(teacher_map, (height, width))
+    return student_map, teacher_map
+
+
+def attention(feature_map: Tensor, power: float = 2.0) -> Tensor:
+    """Return where a map is active: the mean of |f|^power over channels, as a unit vector over positions.
+
+    Args:
+        feature_map: `[B, C, H, W]`.
+        power: of the magnitudes.
+
+    Returns:
+        `[B, H W]`; zeros where the map is zero everywhere.
+
+    Example:
+        >>> import torch
+        >>> attention(torch.tensor([[[[3.0, 0.0]], [[1.0, 0.0]]]]))
+        tensor([[1., 0.]])
+    """
+    return F.normalize(feature_map.abs().pow(power).mean(1).flatten(1), dim=1, eps=1e-12)
+
+
+def channelwise_divergence(student_map: Tensor, teacher_map: Tensor, temperature: float = 4.0) -> Tensor:
+    """Return T^2 KL(teacher || student) of each channel's softmax over positions.
+
+    Args:
+        student_map: `[B, C, H, W]`.
+        teacher_map: `[B, C, H, W]`.
+        temperature: softening, > 0.
+
+    Returns:
+        `[B, C]`, summed over positions.
+
+    Example:
+        >>> import torch
+        >>> channelwise_divergence(torch.zeros(1, 1, 1, 2), torch.tensor([[[[0.0, 1.0]]]]), temperature=1.0)
+        tensor([[0.1109]])
+    """
+    student, teacher = (side.flatten(2) / temperature for side in (student_map, teacher_map))
+    return temperature**2 * kl_divergence(student, teacher)

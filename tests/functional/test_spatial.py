@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tutelage.functional.spatial import attention, channelwise_divergence, match
+
+# match
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "size"),
+    [
+        pytest.param((5, 7), (5, 7), (5, 7), id="equal"),
+        pytest.param((8, 8), (4, 4), (4, 4), id="larger student"),
+        pytest.param((3, 3), (6, 6), (3, 3), id="larger teacher"),
+        pytest.param((8, 6), (4, 4), (4, 4), id="more rows"),
+        pytest.param((4, 6), (4, 4), (4, 4), id="more columns"),
+        pytest.param((5, 4), (3, 6), (3, 6), id="lower, not narrower"),
+    ],
+)
+def test_both_take_the_size_of_the_lower_map(
+    student: tuple[int, int], teacher: tuple[int, int], size: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    given = torch.randn(2, 3, *student), torch.randn(2, 5, *teacher)
+    found = match(*given)
+    for before, after in zip(given, found, strict=True):
+        assert after.shape == (*before.shape[:2], *size)
+        if before.shape == after.shape:
+            assert after is before
+        elif all(a % b == 0 for a, b in zip(before.shape[2:], size, strict=True)):
+            torch.testing.assert_close(after.mean((2, 3)), before.mean((2, 3)))
+
+
+# attention
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 4.0])
+def test_attention_by_hand(power: float) -> None:
+    torch.manual_seed(1)
+    values = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    energy = (np.abs(values.numpy()) ** power).mean(1).reshape(2, 4)
+    expected = energy / np.linalg.norm(energy, axis=1, keepdims=True)
+    np.testing.assert_allclose(attention(values, power).numpy(), expected, rtol=1e-12)
+
+
+def test_attention_forgets_scale_sign_and_channel_order() -> None:
+    torch.manual_seed(2)
+    values = torch.randn(2, 3, 2, 2)
+    torch.testing.assert_close(attention(-7 * values[:, [2, 0, 1]]), attention(values))
+
+
+def test_a_dead_map_has_no_attention_and_a_finite_gradient() -> None:
+    dead = torch.zeros(1, 3, 2, 2, requires_grad=True)
+    found = attention(dead)
+    assert not found.any()
+    assert torch.autograd.grad(found.sum(), dead)[0].isfinite().all()
+
+
+# channel-wise divergence
+
+
+def test_the_channelwise_divergence_is_a_divergence_of_positions() -> None:
+    torch.manual_seed(3)
+    student, teacher = torch.randn(2, 2, 3, 2, 2, dtype=torch.float64).unbind()
+    expected = torch.stack(
+        [
+            4 * F.kl_div((s / 2).log_softmax(0), (t / 2).softmax(0), reduction="sum")
+            for s, t in zip(student.flatten(2).flatten(0, 1), teacher.flatten(2).flatten(0, 1), strict=True)
+        ]
+    )
+    torch.testing.assert_close(channelwise_divergence(student, teacher, 2.0).flatten(), expected)
+    shifted = teacher + torch.randn(2, 3, 1, 1, dtype=torch.float64)
+    torch.testing.assert_close(channelwise_divergence(student, shifted), channelwise_divergence(student, teacher))
+
+
+def test_one_position_says_nothing() -> None:
+    assert not channelwise_divergence(torch.randn(2, 3, 1, 1), torch.randn(2, 3, 1, 1)).any()
