@@ -1,12 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`tutelage methods`: what can be used, read from the cards."""
+"""`tutelage methods`: what can be used, read from the files without importing them."""
 
+import ast
+import json
 from dataclasses import asdict
+from itertools import groupby
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tutelage.cli._show import Json, document
+from tutelage.core.card import Card, Entry
 
 
 def methods(
@@ -17,36 +22,62 @@ def methods(
     from tutelage import methods as catalogue
 
     if stem is not None:
-        entry = catalogue.entry(stem)
+        entry, home = catalogue.entry(stem), Path(catalogue.__file__).parent
         if as_json:
-            document({"stem": stem, "family": entry.family, **asdict(entry.card), "objective": entry.objective})
-            return
-        card = entry.card
-        print(f"{card.name}: {card.title}\n{card.authors}. {card.venue}, {card.year}. {card.paper}")
-        print(f"\n{card.claims}\n")
-        rows = {
-            "family": entry.family,
-            "reads": "; ".join(f"{side}: {', '.join(roles)}" for side, roles in card.reads.items()),
-            "labels": ", ".join(card.labels),
-            "averages over": card.averages,
-            "batch": card.batch,
-            "objective": str(dict(entry.objective)),
-            "code": f"{card.code or 'none published'} ({card.code_licence or 'no licence stated'})",
-            "golden": ", ".join(card.golden) or "none",
-        }
-        for name, value in rows.items():
-            print(f"{name + ':':15}{value}")
+            document({**plain(entry), "objective": entry.objective, "options": options(entry, home)})
+        else:
+            print(described(entry, options(entry, home)))
         return
-    found = catalogue.catalogue()
+    found = sorted(catalogue.catalogue().values(), key=lambda entry: (entry.family, entry.stem))
     if as_json:
-        document([{"stem": s, "family": e.family, **asdict(e.card)} for s, e in found.items()])
+        document([plain(entry) for entry in found])
         return
-    width = max(len(stem) for stem in found)
-    family = ""
-    for name, entry in sorted(found.items(), key=lambda item: (item[1].family, item[0])):
-        if entry.family != family:
-            family = entry.family
-            print(f"\n{family}")
-        teacher = "" if entry.card.needs_teacher else "  (no teacher)"
-        print(f"  {name:{width}}  {entry.card.title} ({entry.card.venue} {entry.card.year}){teacher}")
-    print(f"\n{len(found)} methods. `tutelage methods STEM` shows one, `tutelage demo STEM` tries it.")
+    width = max(len(entry.stem) for entry in found)
+    for family, entries in groupby(found, key=lambda entry: entry.family):
+        print(family)
+        for entry in entries:
+            teacher = "" if entry.card.needs_teacher else "  (no teacher)"
+            print(f"  {entry.stem:{width}}  {entry.card.title} ({published(entry.card)}){teacher}")
+        print()
+    print(f"{len(found)} methods. `tutelage methods STEM` shows one, `tutelage demo STEM` tries it.")
+
+
+def plain(entry: Entry) -> dict[str, object]:
+    """Return a method as plain data."""
+    return {"stem": entry.stem, "family": entry.family, **asdict(entry.card)}
+
+
+def published(card: Card) -> str:
+    """Return venue and year, once where the venue carries a year of its own."""
+    return card.venue if card.venue[-4:].isdigit() else f"{card.venue} {card.year}"
+
+
+def options(entry: Entry, home: Path) -> dict[str, str]:
+    """Return a term's options with their defaults as they are written in its file."""
+    text = (home / entry.family / f"{entry.stem}.py").read_text(encoding="utf-8")
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == "Term" for b in node.bases):
+            for part in node.body:
+                if isinstance(part, ast.FunctionDef) and part.name == "__init__":
+                    pairs = zip(part.args.kwonlyargs, part.args.kw_defaults, strict=True)
+                    return {one.arg: ast.unparse(value) if value else "required" for one, value in pairs}
+    return {}
+
+
+def described(entry: Entry, options: dict[str, str]) -> str:
+    """Return a method as text for people."""
+    card = entry.card
+    rows = {
+        "family": entry.family,
+        "reads": "; ".join(f"{side}: {', '.join(roles)}" for side, roles in card.reads.items()),
+        "labels": ", ".join(card.labels),
+        "averages over": card.averages,
+        "batch": card.batch,
+        "options": ", ".join(f"{name}={value}" for name, value in options.items()) or "none",
+        "objective": json.dumps(dict(entry.objective)).replace('"', ""),
+        "code": f"{card.code} ({card.code_licence or 'no licence stated'})" if card.code else "none published",
+        "golden": ", ".join(card.golden) or "none",
+    }
+    lines = [f"{name + ':':15}{value}" for name, value in rows.items()]
+    head = f"{card.name}: {card.title}\n{card.authors}. {published(card)}. {card.paper}\n\n{card.claims}\n"
+    return "\n".join([head, *lines])
