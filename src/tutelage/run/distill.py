@@ -158,7 +158,7 @@ def say_found(made: Assembled, say: Callable[[str], None]) -> None:
         say(rebuild.report())
     found, teacher = made.distiller.report, made.recipe.teacher
     if teacher and not (teacher.weights or teacher.fit) and teacher.model.partition(":")[0] in BLANK:
-        say(f"{teacher.model} knows nothing yet: give teacher.weights, or teacher.fit to train it first")
+        say(f"the teacher {teacher.model} is untrained: give teacher.weights, or teacher.fit to train it first")
     for source, shapes in found.shapes.items():
         say(f"{source} reads {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}")
     if found.overwritten:
