@@ -147,9 +147,7 @@ def _manifest(path: Path, stored: NpzFile) -> dict[str, Meta]:
     if "manifest" not in stored.files:
         raise GoldenError(f"{path}: has no manifest")
     listed = _json(path, "manifest", stored["manifest"])
-    if not isinstance(listed, list) or not all(
-        isinstance(e, dict) and isinstance(e.get("case"), str) for e in listed
-    ):
+    if not isinstance(listed, list) or not all(isinstance(e, dict) and isinstance(e.get("case"), str) for e in listed):
         raise GoldenError(f"{path}: manifest is not a JSON list of objects that have a case")
     entries: dict[str, Meta] = {entry["case"]: entry for entry in listed}
     if len(entries) != len(listed):
@@ -232,13 +230,9 @@ def discover(root: Path) -> list[Case]:
     by_folder: dict[str, list[Path]] = {folder: [] for folder in LAYOUTS}
     for path in golden_files(root):
         if path.parent.parent != root or path.parent.name not in LAYOUTS:
-            raise GoldenError(
-                f"{path}: unknown file, it lies in none of {', '.join(LAYOUTS)} directly below {root}"
-            )
+            raise GoldenError(f"{path}: unknown file, it lies in none of {', '.join(LAYOUTS)} directly below {root}")
         by_folder[path.parent.name].append(path)
-    cases = [
-        case for folder, paths in by_folder.items() for path in paths for case in LAYOUTS[folder].find(path)
-    ]
+    cases = [case for folder, paths in by_folder.items() for path in paths for case in LAYOUTS[folder].find(path)]
     if not cases:
         raise GoldenError(f"{root}: no golden cases, an .npz file in one of {', '.join(LAYOUTS)} is expected")
     return cases

@@ -104,13 +104,9 @@ class MethodCase:
             term.build(*sides, self.facts)
         return term.to(dtype)
 
-    def draws(
-        self, term: Term, student: Tensors, teacher: Tensors | None, batch: Batch, step: int = 0
-    ) -> Any:
+    def draws(self, term: Term, student: Tensors, teacher: Tensors | None, batch: Batch, step: int = 0) -> Any:
         """Return the random numbers of one forward, or None if the term uses none."""
-        return term.draw(
-            self.signals(student), self.teach(teacher), batch, Draw(self.facts.seed, step, "case")
-        )
+        return term.draw(self.signals(student), self.teach(teacher), batch, Draw(self.facts.seed, step, "case"))
 
     def outcome(
         self, term: Term, student: Tensors, teacher: Tensors | None, batch: Batch, draws: Any = None
@@ -123,9 +119,7 @@ class MethodCase:
             return given
         return Outcome({"loss": given} if isinstance(given, Tensor) else given)
 
-    def loss(
-        self, term: Term, student: Tensors, teacher: Tensors | None, batch: Batch, draws: Any = None
-    ) -> Tensor:
+    def loss(self, term: Term, student: Tensors, teacher: Tensors | None, batch: Batch, draws: Any = None) -> Tensor:
         """Return the sum of the term's parts, 0-d."""
         parts = list(self.outcome(term, student, teacher, batch, draws).parts.values())
         return torch.stack(parts).sum() if len(parts) > 1 else parts[0]
@@ -139,9 +133,7 @@ class MethodCase:
         count = len(batch)
 
         def pick(value: Any) -> Any:
-            return (
-                value[chosen] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
-            )
+            return value[chosen] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
         cut = replace(
             batch,
@@ -152,9 +144,7 @@ class MethodCase:
             view=batch.view[chosen],
             extra={key: pick(value) for key, value in batch.extra.items()},
         )
-        picked = [
-            None if side is None else {role: pick(value) for role, value in side.items()} for side in sides
-        ]
+        picked = [None if side is None else {role: pick(value) for role, value in side.items()} for side in sides]
         return cut, picked
 
 

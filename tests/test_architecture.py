@@ -165,9 +165,7 @@ def test_families_hold_only_method_files() -> None:
     for folder in (PACKAGE / "methods").iterdir():
         if not folder.is_dir() or folder.name == "__pycache__":
             continue
-        assert (folder / "__init__.py").read_text(encoding="utf-8") == "", (
-            f"{folder.name}/__init__.py holds code"
-        )
+        assert (folder / "__init__.py").read_text(encoding="utf-8") == "", f"{folder.name}/__init__.py holds code"
         for path in folder.iterdir():
             if path.name in ("__pycache__", "__init__.py"):
                 continue
@@ -191,9 +189,7 @@ def test_every_source_has_its_licence() -> None:
 
 
 def test_no_file_is_named_after_nothing() -> None:
-    assert not [
-        path for path in (*PACKAGE.rglob("*"), *(ROOT / "tests").rglob("*")) if path.stem in BAD_STEMS
-    ]
+    assert not [path for path in (*PACKAGE.rglob("*"), *(ROOT / "tests").rglob("*")) if path.stem in BAD_STEMS]
 
 
 def test_nothing_speaks_of_one_machine() -> None:

@@ -130,10 +130,7 @@ def half_precision(method: Method) -> None:
         assert loss.dtype == torch.float32, f"{loss.dtype} from {dtype} signals"
         assert loss.isfinite(), f"{loss.item()} from {dtype} signals"
         if not list(term.parameters()) and not case.borrowed():
-            wide = [
-                side and {name: tensor.float() for name, tensor in side.items()}
-                for side in (student, teacher)
-            ]
+            wide = [side and {name: tensor.float() for name, tensor in side.items()} for side in (student, teacher)]
             assert wide[0] is not None
             torch.testing.assert_close(loss, case.loss(term, wide[0], wide[1], batch, draws))
 
@@ -391,9 +388,7 @@ def forward_changes_nothing(method: Method) -> None:
     def state() -> dict[str, Any]:
         found: dict[str, Any] = {}
         for path, part in term.named_modules():
-            found |= {
-                f"{path}.{name}": value for name, value in vars(part).items() if not name.startswith("_")
-            }
+            found |= {f"{path}.{name}": value for name, value in vars(part).items() if not name.startswith("_")}
             if not isinstance(part, nn.modules.batchnorm._BatchNorm):
                 found |= {f"{path}.{name}": buffer for name, buffer in part.named_buffers(recurse=False)}
             found |= {f"{path}.{name}": p for name, p in part.named_parameters(recurse=False)}
@@ -601,9 +596,7 @@ def card_well_formed(method: Method) -> None:
 @check()
 def objective_well_formed(method: Method) -> None:
     objective = catalogue()[method.stem].objective
-    assert method.stem in [block.get("method", label) for label, block in blocks(objective)], (
-        "not in OBJECTIVE"
-    )
+    assert method.stem in [block.get("method", label) for label, block in blocks(objective)], "not in OBJECTIVE"
     for label, block in blocks(objective):
         options = {name: value for name, value in block.items() if name not in ("method", "weight")}
         unknown = options.keys() - inspect.signature(find(block.get("method", label))).parameters.keys()
@@ -650,8 +643,7 @@ def keep(name: str, method: Method, request: pytest.FixtureRequest) -> None:
 def holds_card(path: Path) -> bool:
     return any(
         isinstance(node, (ast.Assign, ast.AnnAssign))
-        and "CARD"
-        in [t.id for t in getattr(node, "targets", None) or [node.target] if isinstance(t, ast.Name)]  # type: ignore[union-attr]
+        and "CARD" in [t.id for t in getattr(node, "targets", None) or [node.target] if isinstance(t, ast.Name)]  # type: ignore[union-attr]
         for node in ast.parse(path.read_text(encoding="utf-8")).body
     )
 

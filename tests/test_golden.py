@@ -93,9 +93,7 @@ def tolerance(claim: str, name: str, stored: NDArray[Any]) -> Tolerance:
         if fnmatchcase(claim, claims) and fnmatchcase(name, names):
             found = wider
     if stored.dtype == np.float32:
-        return Tolerance(
-            max(found.relative, FLOAT32_STORED.relative), max(found.absolute, FLOAT32_STORED.absolute)
-        )
+        return Tolerance(max(found.relative, FLOAT32_STORED.relative), max(found.absolute, FLOAT32_STORED.absolute))
     return found
 
 
@@ -129,10 +127,7 @@ def deviation(claim: str, name: str, value: Any, stored: NDArray[Any]) -> str | 
         return f"{name}: {answer.dtype} where the case holds {stored.dtype}"
     answer, expected = answer.astype(np.float64), stored.astype(np.float64)
     finite = np.isfinite(expected)
-    if (
-        not np.array_equal(answer[~finite], expected[~finite], equal_nan=True)
-        or not np.isfinite(answer[finite]).all()
-    ):
+    if not np.array_equal(answer[~finite], expected[~finite], equal_nan=True) or not np.isfinite(answer[finite]).all():
         return f"{name}: not finite in other places than the case"
     if not finite.any():
         return None
@@ -209,9 +204,7 @@ def claimed_cases() -> list[Any]:
     for case in CASES:
         by_claim.setdefault(case.claim, []).append(case)
     return [
-        pytest.param(stem, case, id=f"{stem}-{case.id}")
-        for stem, claim in CLAIMS
-        for case in by_claim.get(claim, [])
+        pytest.param(stem, case, id=f"{stem}-{case.id}") for stem, claim in CLAIMS for case in by_claim.get(claim, [])
     ]
 
 
@@ -219,16 +212,12 @@ def claimed_cases() -> list[Any]:
 def test_golden(stem: str, case: Case) -> None:
     module = method_tests(stem)
     if not callable(getattr(module, "golden", None)):
-        pytest.fail(
-            f"the card of {stem} claims {case.claim}, but {module.__file__} has no golden()", pytrace=False
-        )
+        pytest.fail(f"the card of {stem} claims {case.claim}, but {module.__file__} has no golden()", pytrace=False)
     given, meta = case.load()
     answer = module.golden(case.claim, dict(given), meta)
     problems = complaints(case.claim, answer, given, case.arrays, getattr(module, "GOLDEN_SKIPS", {}))
     if problems:
-        pytest.fail(
-            "\n".join([f"{stem} disagrees with {case.id} ({case.path.name})", *problems]), pytrace=False
-        )
+        pytest.fail("\n".join([f"{stem} disagrees with {case.id} ({case.path.name})", *problems]), pytrace=False)
 
 
 def test_a_claim_is_made_once_and_names_a_group_that_exists() -> None:
@@ -278,9 +267,7 @@ RIGHT: dict[str, Any] = {
 }
 
 
-def complaints_about(
-    change: dict[str, Any], skips: dict[str, str] | None = None, claim: str = "core/any"
-) -> str:
+def complaints_about(change: dict[str, Any], skips: dict[str, str] | None = None, claim: str = "core/any") -> str:
     answer = {name: value for name, value in {**RIGHT, **change}.items() if value is not ...}
     return "\n".join(complaints(claim, answer, STORED, {n: a.copy() for n, a in STORED.items()}, skips or {}))
 

@@ -16,9 +16,7 @@ def write(path: Path, **arrays: Any) -> Path:
 
 
 def write_classic(path: Path, cases: list[str], **changes: Any) -> Path:
-    arrays: dict[str, Any] = {
-        "manifest": np.array([json.dumps([{"case": c, "title": f"title {c}"} for c in cases])])
-    }
+    arrays: dict[str, Any] = {"manifest": np.array([json.dumps([{"case": c, "title": f"title {c}"} for c in cases])])}
     for number, case in enumerate(cases):
         arrays[f"{case}/s_logits"] = np.full(2, number, np.float64)
         arrays[f"{case}/loss"] = np.float64(number)
@@ -65,9 +63,7 @@ def test_vision_has_one_case_a_file_and_settings_as_arrays(tmp_path: Path) -> No
 
 
 def test_beyond_has_one_case_a_file_and_its_kind_in_the_name(tmp_path: Path) -> None:
-    write(
-        tmp_path / "beyond" / "krr_st__outer_step_12.npz", norm=np.array("bn"), flag=np.array(True), loss=1.0
-    )
+    write(tmp_path / "beyond" / "krr_st__outer_step_12.npz", norm=np.array("bn"), flag=np.array(True), loss=1.0)
     (case,) = discover(tmp_path)
     assert (case.id, case.claim) == ("beyond/krr_st/outer_step_12", "beyond/krr_st")
     assert case.meta == {"group": "krr_st", "case": "outer_step_12", "kind": "outer_step"}

@@ -35,8 +35,7 @@ def _adapt(features: Array, n: int, weights: Mapping[str, Array], branch: int) -
         return x
     weight, bias = weights[f"{key}.weight"], weights[f"{key}.bias"]
     return [
-        float(bias[o]) + math.fsum(float(weight[o, i]) * x[i] for i in range(len(x)))
-        for o in range(weight.shape[0])
+        float(bias[o]) + math.fsum(float(weight[o, i]) * x[i] for i in range(len(x))) for o in range(weight.shape[0])
     ]
 
 

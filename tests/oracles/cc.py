@@ -67,9 +67,7 @@ def cc(
     teacher = embed(teacher_features, weights["embed_t.weight"], weights["embed_t.bias"])
     samples = len(student)
     if form == "neighbour":
-        delta = [
-            [abs(a - b) for a, b in zip(s, t, strict=True)] for s, t in zip(student, teacher, strict=True)
-        ]
+        delta = [[abs(a - b) for a, b in zip(s, t, strict=True)] for s, t in zip(student, teacher, strict=True)]
         total = 0.0
         for i in range(samples - 1):
             total += math.fsum(a * b for a, b in zip(delta[i], delta[i + 1], strict=True))

@@ -32,9 +32,7 @@ def _align(student_map: Array, kernel: Array) -> Array:
     samples, channels, height, width = student_map.shape
     out = np.zeros((samples, kernel.shape[0], height, width), dtype=np.float64)
     for n, o, h, w in np.ndindex(*out.shape):
-        out[n, o, h, w] = math.fsum(
-            float(kernel[o, c, 0, 0]) * float(student_map[n, c, h, w]) for c in range(channels)
-        )
+        out[n, o, h, w] = math.fsum(float(kernel[o, c, 0, 0]) * float(student_map[n, c, h, w]) for c in range(channels))
     return out
 
 

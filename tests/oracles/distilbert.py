@@ -54,8 +54,7 @@ def distilbert(
         for s, t in zip(log_s, log_t, strict=True):
             ce += math.exp(t) * (t - s)
         mse += math.fsum(
-            (float(s) - float(t)) ** 2
-            for s, t in zip(student_logits[b, i], teacher_logits[b, i], strict=True)
+            (float(s) - float(t)) ** 2 for s, t in zip(student_logits[b, i], teacher_logits[b, i], strict=True)
         )
         left = [float(v) for v in student_hidden[b, i]]
         right = [float(v) for v in teacher_hidden[b, i]]
@@ -69,9 +68,6 @@ def distilbert(
         "cos": cos / tokens,
     }
     parts["loss"] = (
-        alpha_ce * parts["ce"]
-        + alpha_mlm * parts["mlm"]
-        + alpha_mse * parts["mse"]
-        + alpha_cos * parts["cos"]
+        alpha_ce * parts["ce"] + alpha_mlm * parts["mlm"] + alpha_mse * parts["mse"] + alpha_cos * parts["cos"]
     )
     return parts

@@ -45,18 +45,14 @@ def ld(
     """Return a region's term; corners are (4P,n+1), ``box_weights`` (P) hold for the four edges of a box."""
     total = 0.0
     for row in range(student_corners.shape[0]):
-        total += float(box_weights[row // 4]) * _mean_kl(
-            student_corners[row], teacher_corners[row], temperature
-        )
+        total += float(box_weights[row // 4]) * _mean_kl(student_corners[row], teacher_corners[row], temperature)
     return float(weight * total / divisor)
 
 
 def ld_mean(student_corners: Array, teacher_corners: Array, temperature: float = 10.0) -> float:
     """Return the plain mean of the rows."""
     rows = student_corners.shape[0]
-    return float(
-        math.fsum(_mean_kl(student_corners[r], teacher_corners[r], temperature) for r in range(rows)) / rows
-    )
+    return float(math.fsum(_mean_kl(student_corners[r], teacher_corners[r], temperature) for r in range(rows)) / rows)
 
 
 def class_term(

@@ -92,9 +92,7 @@ def mgd(
     return float(alpha * squares / student_features.shape[0])
 
 
-def logit_loss(
-    student_logits: Array, teacher_logits: Array, temperature: float = 4.0, weight: float = 3.0
-) -> float:
+def logit_loss(student_logits: Array, teacher_logits: Array, temperature: float = 4.0, weight: float = 3.0) -> float:
     """Return the segmentation variant's logit term, a KL over positions for each sample and class."""
     samples, classes, height, width = student_logits.shape
     total = 0.0

@@ -34,8 +34,7 @@ def _log_softmax(row: list[float]) -> list[float]:
 
 def _probabilities(logits: Array, temperature: float) -> list[list[float]]:
     return [
-        [math.exp(v) for v in _log_softmax([float(x) / temperature for x in logits[n]])]
-        for n in range(logits.shape[0])
+        [math.exp(v) for v in _log_softmax([float(x) / temperature for x in logits[n]])] for n in range(logits.shape[0])
     ]
 
 

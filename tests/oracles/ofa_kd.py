@@ -117,7 +117,5 @@ def project(student_features: Array, weights: Mapping[str, Array]) -> Array:
     for n in range(samples):
         pooled = [math.fsum(float(v) for v in x[n, c].flatten()) / (height * width) for c in range(channels)]
         for k in range(weight.shape[0]):
-            logits[n, k] = float(bias[k]) + math.fsum(
-                float(weight[k, c]) * pooled[c] for c in range(channels)
-            )
+            logits[n, k] = float(bias[k]) + math.fsum(float(weight[k, c]) * pooled[c] for c in range(channels))
     return logits

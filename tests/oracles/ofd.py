@@ -37,9 +37,7 @@ def connect(features: Array, kernel: Array, scale: Array, shift: Array, eps: flo
     samples, channels, height, width = features.shape
     out = np.zeros((samples, kernel.shape[0], height, width), dtype=np.float64)
     for n, o, h, w in np.ndindex(*out.shape):
-        out[n, o, h, w] = math.fsum(
-            float(kernel[o, c, 0, 0]) * float(features[n, c, h, w]) for c in range(channels)
-        )
+        out[n, o, h, w] = math.fsum(float(kernel[o, c, 0, 0]) * float(features[n, c, h, w]) for c in range(channels))
     for o in range(kernel.shape[0]):
         values = [float(v) for v in out[:, o].flatten()]
         mean = math.fsum(values) / len(values)

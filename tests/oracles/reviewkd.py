@@ -110,9 +110,7 @@ def fuse(
         if residual is not None:
             residual = _nearest(residual, *student_sizes[i])
             stacked = np.concatenate([x, residual], axis=1)
-            gate = _convolve(
-                stacked, weights[f"{prefix}.att_conv.0.weight"], weights[f"{prefix}.att_conv.0.bias"], 0
-            )
+            gate = _convolve(stacked, weights[f"{prefix}.att_conv.0.weight"], weights[f"{prefix}.att_conv.0.bias"], 0)
             mixed = np.zeros(x.shape, dtype=np.float64)
             for n, c, h, w in np.ndindex(*x.shape):
                 own = 1.0 / (1.0 + math.exp(-float(gate[n, 0, h, w])))
@@ -123,9 +121,7 @@ def fuse(
             x = _nearest(x, *teacher_sizes[i])
         residual = x
         out = _convolve(x, weights[f"{prefix}.conv2.0.weight"], None, 1)
-        outputs.append(
-            _batch_norm(out, weights[f"{prefix}.conv2.1.weight"], weights[f"{prefix}.conv2.1.bias"])
-        )
+        outputs.append(_batch_norm(out, weights[f"{prefix}.conv2.1.weight"], weights[f"{prefix}.conv2.1.bias"]))
     return outputs
 
 

@@ -83,11 +83,7 @@ def predict(projected: Array, weight: Array, bias: Array) -> Array:
     samples, channels, height, width = projected.shape
     logits = np.zeros((samples, weight.shape[0]), dtype=np.float64)
     for n in range(samples):
-        pooled = [
-            math.fsum(float(v) for v in projected[n, c].flatten()) / (height * width) for c in range(channels)
-        ]
+        pooled = [math.fsum(float(v) for v in projected[n, c].flatten()) / (height * width) for c in range(channels)]
         for k in range(weight.shape[0]):
-            logits[n, k] = float(bias[k]) + math.fsum(
-                float(weight[k, c]) * pooled[c] for c in range(channels)
-            )
+            logits[n, k] = float(bias[k]) + math.fsum(float(weight[k, c]) * pooled[c] for c in range(channels))
     return logits

@@ -21,9 +21,9 @@ def _pool(features: Array) -> Array:
     pooled = np.zeros((samples, channels), dtype=np.float64)
     for n in range(samples):
         for c in range(channels):
-            pooled[n, c] = math.fsum(
-                float(features[n, c, h, w]) for h in range(height) for w in range(width)
-            ) / (height * width)
+            pooled[n, c] = math.fsum(float(features[n, c, h, w]) for h in range(height) for w in range(width)) / (
+                height * width
+            )
     return pooled
 
 

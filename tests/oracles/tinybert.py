@@ -20,9 +20,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 
-def attention(
-    student_scores: Sequence[Array], teacher_scores: Sequence[Array], threshold: float = -100.0
-) -> float:
+def attention(student_scores: Sequence[Array], teacher_scores: Sequence[Array], threshold: float = -100.0) -> float:
     """Return L_att; scores are (B,heads,L,L) per layer."""
     step = len(teacher_scores) // len(student_scores)
     total = 0.0
@@ -38,9 +36,7 @@ def attention(
     return float(total)
 
 
-def hidden(
-    student_states: Sequence[Array], teacher_states: Sequence[Array], weight: Array, bias: Array
-) -> float:
+def hidden(student_states: Sequence[Array], teacher_states: Sequence[Array], weight: Array, bias: Array) -> float:
     """Return L_hid; states are (B,L,d), embeddings first."""
     step = (len(teacher_states) - 1) // (len(student_states) - 1)
     total = 0.0
@@ -56,9 +52,7 @@ def hidden(
     return float(total)
 
 
-def prediction(
-    student_logits: Array, teacher_logits: Array, temperature: float = 1.0, form: str = "code"
-) -> float:
+def prediction(student_logits: Array, teacher_logits: Array, temperature: float = 1.0, form: str = "code") -> float:
     """Return the soft cross-entropy of the last stage."""
     samples, classes = student_logits.shape
     total = 0.0

@@ -46,9 +46,7 @@ def _kept(student_logits: Array, teacher_logits: Array, labels: Labels, ignore_i
 
 
 def _mixture(log_a: float, weight_a: float, log_b: float, weight_b: float) -> float:
-    terms = [
-        math.log(weight) + value for value, weight in ((log_a, weight_a), (log_b, weight_b)) if weight > 0.0
-    ]
+    terms = [math.log(weight) + value for value, weight in ((log_a, weight_a), (log_b, weight_b)) if weight > 0.0]
     top = max(terms)
     return top + math.log(math.fsum(math.exp(v - top) for v in terms))
 
@@ -60,9 +58,7 @@ def forward_kl(
     return skewed_forward_kl(student_logits, teacher_logits, labels, 0.0, ignore_index, form)
 
 
-def reverse_kl(
-    student_logits: Array, teacher_logits: Array, labels: Labels, ignore_index: int = -100
-) -> float:
+def reverse_kl(student_logits: Array, teacher_logits: Array, labels: Labels, ignore_index: int = -100) -> float:
     """Return the reverse divergence."""
     return skewed_reverse_kl(student_logits, teacher_logits, labels, 0.0, ignore_index)
 
@@ -80,9 +76,7 @@ def symmetric_kl(
     return (1.0 - a) * forward + a * reverse_kl(student_logits, teacher_logits, labels, ignore_index)
 
 
-def total_variation(
-    student_logits: Array, teacher_logits: Array, labels: Labels, ignore_index: int = -100
-) -> float:
+def total_variation(student_logits: Array, teacher_logits: Array, labels: Labels, ignore_index: int = -100) -> float:
     """Return half the L1 distance."""
     rows = _kept(student_logits, teacher_logits, labels, ignore_index)
     total = 0.0

@@ -23,9 +23,7 @@ def _log_softmax(row: Array, temperature: float) -> list[float]:
     return [v - lse for v in values]
 
 
-def sample_weights(
-    student_logits: Array, teacher_logits: Array, target: Labels, eps: float = 1e-7
-) -> list[float]:
+def sample_weights(student_logits: Array, teacher_logits: Array, target: Labels, eps: float = 1e-7) -> list[float]:
     """Return w_n for every sample."""
     weights: list[float] = []
     for n in range(student_logits.shape[0]):

@@ -24,9 +24,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if type(value) in (list, tuple):
         return type(value)(_map(part, change) for part in value)
     if isinstance(value, Frame):
-        return replace(
-            value, **{part.name: _map(getattr(value, part.name), change) for part in fields(value)}
-        )
+        return replace(value, **{part.name: _map(getattr(value, part.name), change) for part in fields(value)})
     return value
 
 
@@ -137,10 +135,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on a device; copies do not block the host."""
-        moved = {
-            f.name: _map(getattr(self, f.name), lambda t: t.to(device, non_blocking=True))
-            for f in fields(self)
-        }
+        moved = {f.name: _map(getattr(self, f.name), lambda t: t.to(device, non_blocking=True)) for f in fields(self)}
         return replace(self, **moved)
 
     def seen_as(self, view: str) -> "Batch":

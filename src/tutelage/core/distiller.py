@@ -82,9 +82,7 @@ class Distiller(nn.Module):
         self.students = nn.ModuleDict({name: model.module for name, model in self.models.items()})
         self.objective, self.task, self.feeders = objective, task, tuple(feeders)
         self.objective.facts = facts or Facts()
-        given = (
-            {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher}
-        )
+        given = {} if teacher is None else dict(teacher) if isinstance(teacher, Mapping) else {"teacher": teacher}
         self.teachers: dict[str, Teacher] = {
             name: one if isinstance(one, Teacher) else Live(one) for name, one in given.items()
         }
@@ -135,8 +133,7 @@ class Distiller(nn.Module):
         with self._untouched():
             self.train()
             signals = {
-                name: self.teachers[name].plan(taps[name], borrows[name], self.task, sample)
-                for name in self.teachers
+                name: self.teachers[name].plan(taps[name], borrows[name], self.task, sample) for name in self.teachers
             }
             for source in self._sources():
                 name, _, view = source.partition("@")
@@ -182,9 +179,7 @@ class Distiller(nn.Module):
                 )
             student, teacher = entry.student.partition("@")[0], entry.teacher.partition("@")[0]
             if student not in self.models:
-                raise UserError(
-                    f"objective.{label}.student: no student {student!r}{nearest(student, self.models)}"
-                )
+                raise UserError(f"objective.{label}.student: no student {student!r}{nearest(student, self.models)}")
             taps[student] += [tap.plain for tap in wanted.student]
             if not (wanted.teacher or wanted.borrows):
                 continue
@@ -197,9 +192,7 @@ class Distiller(nn.Module):
             taps[teacher] += [tap.plain for tap in wanted.teacher]
             borrows[teacher] += wanted.borrows
             if wanted.borrows and teacher in self.models:
-                raise UserError(
-                    f"objective.{label}: modules are lent by a teacher, not by the student {teacher!r}"
-                )
+                raise UserError(f"objective.{label}: modules are lent by a teacher, not by the student {teacher!r}")
         return {name: list(dict.fromkeys(found)) for name, found in taps.items()}, borrows
 
     @contextmanager
@@ -239,9 +232,7 @@ class Distiller(nn.Module):
                 sources = self._read(sample, observed)
                 total = self._reaching(sources, sample)
                 if total is None or not total.requires_grad:
-                    raise UserError(
-                        "nothing learns: no loss with a weight reaches a parameter that is trained"
-                    )
+                    raise UserError("nothing learns: no loss with a weight reaches a parameter that is trained")
                 if names := sorted(unreached):
                     found = torch.autograd.grad(total, [candidates[n] for n in names], allow_unused=True)
                     unreached = {name for name, grad in zip(names, found, strict=True) if grad is None}
@@ -325,9 +316,7 @@ class Distiller(nn.Module):
         read = [source for source in self._sources() if source.partition("@")[0] in self.teachers]
         missing = [source for source in (*self.teachers, *read) if source not in observed]
         if missing:
-            raise ValueError(
-                f"no signals of teacher {missing[0]!r}: pass what distiller.observe(batch) returns"
-            )
+            raise ValueError(f"no signals of teacher {missing[0]!r}: pass what distiller.observe(batch) returns")
         for source in self._sources():
             name, _, view = source.partition("@")
             if name in self.readers:
@@ -401,12 +390,8 @@ class Distiller(nn.Module):
             return [group for group in groups if group["params"]]
         split = []
         for group in groups:
-            split.append(
-                {"weight_decay": weight_decay, **group, "params": [p for p in group["params"] if p.ndim > 1]}
-            )
-            split.append(
-                {"weight_decay": 0.0, **group, "params": [p for p in group["params"] if p.ndim <= 1]}
-            )
+            split.append({"weight_decay": weight_decay, **group, "params": [p for p in group["params"] if p.ndim > 1]})
+            split.append({"weight_decay": 0.0, **group, "params": [p for p in group["params"] if p.ndim <= 1]})
         return [group for group in split if group["params"]]
 
     def answer(self, batch: Batch) -> Any:

@@ -108,9 +108,7 @@ class Objective(nn.Module):
     def weight(self, label: str, step: int) -> float:
         """Return a coefficient at an optimizer step."""
         schedule: Schedule = self.task_weight if label == "task" else self.entries[label].weight
-        return schedule.at(
-            step, steps_per_epoch=self.facts.steps_per_epoch, total_steps=self.facts.total_steps
-        )
+        return schedule.at(step, steps_per_epoch=self.facts.steps_per_epoch, total_steps=self.facts.total_steps)
 
     def final_weight(self, label: str) -> float:
         """Return the coefficient a schedule ends with, or its largest if that is 0."""
@@ -170,9 +168,7 @@ class Objective(nn.Module):
         for name in students:
             label = "task" if len(students) == 1 else f"task.{name}"
             loss = task.loss(sources[name].output, batch)
-            named = (
-                {label: loss} if isinstance(loss, Tensor) else {f"{label}.{k}": v for k, v in loss.items()}
-            )
+            named = {label: loss} if isinstance(loss, Tensor) else {f"{label}.{k}": v for k, v in loss.items()}
             pieces.append(("task", task.averages, named))
         for label, entry in self.entries.items():
             parts, memory = self.compare(label, *self.pair(label, sources, students), batch, step)
@@ -184,17 +180,13 @@ class Objective(nn.Module):
             weight = self._coefficient(label, step, batch, averages, next(iter(parts.values())))
             for name, value in parts.items():
                 if value.ndim:
-                    raise UserError(
-                        f"term {name!r} returned shape {list(value.shape)}; a term returns one number"
-                    )
+                    raise UserError(f"term {name!r} returned shape {list(value.shape)}; a term returns one number")
                 values[name] = value.detach()
                 total = weight * value if total is None else total + weight * value
         assert total is not None
         return Losses(total, values, kept)
 
-    def _coefficient(
-        self, label: str, step: int, batch: Batch, averages: Averages, like: Tensor
-    ) -> float | Tensor:
+    def _coefficient(self, label: str, step: int, batch: Batch, averages: Averages, like: Tensor) -> float | Tensor:
         """Weight times local count over the mean count of the step."""
         weight = self.weight(label, step)
         if averages in batch.mean_count:

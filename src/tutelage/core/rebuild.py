@@ -57,9 +57,7 @@ class Rebuild(ABC):
         try:
             found = getattr(import_module(module), name, None)
         except ImportError as error:
-            raise UserError(
-                f"the student was rebuilt by {path!r}, which cannot be imported ({error})"
-            ) from error
+            raise UserError(f"the student was rebuilt by {path!r}, which cannot be imported ({error})") from error
         if not (isinstance(found, type) and issubclass(found, cls)):
             raise UserError(f"{path!r} does not rebuild students")
         return found

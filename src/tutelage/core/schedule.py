@@ -123,7 +123,5 @@ def _until(value: Any) -> Span | float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return Span.parse(str(value))
     if not 0 <= value <= 1:
-        raise UserError(
-            f'until: {value} is no share of the run in [0, 1]; write "{value} epochs" for a length'
-        )
+        raise UserError(f'until: {value} is no share of the run in [0, 1]; write "{value} epochs" for a length')
     return float(value)

@@ -29,9 +29,7 @@ class Signals:
         try:
             return self.taps[role]
         except KeyError:
-            raise KeyError(
-                f"{role!r} was not recorded; recorded: {', '.join(self.taps) or 'nothing'}"
-            ) from None
+            raise KeyError(f"{role!r} was not recorded; recorded: {', '.join(self.taps) or 'nothing'}") from None
 
     @property
     def logits(self) -> Tensor:

@@ -59,9 +59,7 @@ class Live(Teacher):
         self.mode: Mode = mode
         self.reader: Reader | None = None
         self.borrowed: dict[str, nn.Module] = {}
-        self.norms = [
-            m for m in self.model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)
-        ]
+        self.norms = [m for m in self.model.module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for parameter in self.model.module.parameters():
             parameter.requires_grad_(False)
         self.settle()
@@ -103,9 +101,7 @@ class Live(Teacher):
             RuntimeError: if no Distiller was built with this teacher.
         """
         if self.reader is None:
-            raise RuntimeError(
-                "a teacher answers once a Distiller was built with it: Distiller(..., teacher=teacher)"
-            )
+            raise RuntimeError("a teacher answers once a Distiller was built with it: Distiller(..., teacher=teacher)")
         if not self.settled():
             self.settle()
         return self.reader(batch, self.borrowed)

@@ -74,9 +74,7 @@ class Term(nn.Module):
     def reads(self) -> Reads:
         """What the term reads; the card's roles unless a subclass has options for its taps."""
         roles = self.card.reads if self.card else NONE
-        student, teacher = (
-            tuple(Tap.parse(role) for role in roles.get(side, ())) for side in ("student", "teacher")
-        )
+        student, teacher = (tuple(Tap.parse(role) for role in roles.get(side, ())) for side in ("student", "teacher"))
         return Reads(student, teacher, tuple(roles.get("borrows", ())))
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:

@@ -70,7 +70,9 @@ class Classification:
         logits = self.logits(output)
         if logits.shape[1] != self.num_classes:
             raise UserError(f"the model has {logits.shape[1]} classes, the data {self.num_classes}")
-        return cross_entropy(logits, batch.target, batch.labelled, self.label_smoothing if self.training_target(batch) else 0.0)
+        return cross_entropy(
+            logits, batch.target, batch.labelled, self.label_smoothing if self.training_target(batch) else 0.0
+        )
 
     @staticmethod
     def training_target(batch: Batch) -> bool:

@@ -28,9 +28,7 @@ def case(width: int = 6, **options: Any) -> MethodCase:
     )
 
 
-def run(
-    term: MGD, student: Tensor, teacher: Tensor, weights: dict[str, Tensor], noise: Tensor
-) -> tuple[Tensor, MGD]:
+def run(term: MGD, student: Tensor, teacher: Tensor, weights: dict[str, Tensor], noise: Tensor) -> tuple[Tensor, MGD]:
     """The term with these weights, in the tensors' type: built as in a run, then loaded."""
     sides = (Signals(None, {"map": student}), Signals(None, {"map": teacher}))
     term.build(sides[0].detach(), sides[1], Facts())
@@ -46,9 +44,7 @@ def golden(claim: str, arrays: Arrays, meta: dict[str, Any]) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     mask: Any = MASKS[meta["mask_style"]]
     for suffix, dtype in (("", torch.float64), ("_f32", torch.float32)):
-        given = {
-            name: torch.tensor(array, dtype=dtype) for name, array in arrays.items() if array.dtype == "f4"
-        }
+        given = {name: torch.tensor(array, dtype=dtype) for name, array in arrays.items() if array.dtype == "f4"}
         weights = {name: given[name] for name in given if name.startswith(("align.", "generation."))}
         student = given["student_features"].requires_grad_()
         term = MGD(mask=mask, mask_ratio=meta["lambda_mgd"])
@@ -115,9 +111,7 @@ def test_a_sum_over_places_and_a_mean_over_rows() -> None:
     rebuilt, teacher = gaussian(0, {"r": (4, 3, 2, 2)})["r"], gaussian(1, {"t": (4, 3, 2, 2)})["t"]
     wider = mgd(torch.cat([rebuilt, rebuilt], dim=3), torch.cat([teacher, teacher], dim=3))
     torch.testing.assert_close(wider, 2 * mgd(rebuilt, teacher))
-    torch.testing.assert_close(
-        mgd(rebuilt.repeat(2, 1, 1, 1), teacher.repeat(2, 1, 1, 1)), mgd(rebuilt, teacher)
-    )
+    torch.testing.assert_close(mgd(rebuilt.repeat(2, 1, 1, 1), teacher.repeat(2, 1, 1, 1)), mgd(rebuilt, teacher))
     assert mgd(teacher, teacher) == 0
 
 
@@ -247,9 +241,7 @@ def test_options(options: dict[str, Any], said: str) -> None:
         MGD(**options)
 
 
-GRIDS = (
-    "mgd compares maps of one grid: the student's is (6, 6), the teacher's (3, 3); tap layers of equal stride"
-)
+GRIDS = "mgd compares maps of one grid: the student's is (6, 6), the teacher's (3, 3); tap layers of equal stride"
 
 
 @pytest.mark.parametrize(

@@ -74,9 +74,7 @@ def golden(claim: str, arrays: Arrays, meta: dict[str, Any]) -> dict[str, Any]:
             for name, array in arrays.items()
             if array.dtype.kind == "f" and not name.startswith(("loss", "grad", "alt", "out"))
         }
-        found = (
-            core(given, meta) if claim == "core/srrl" else classic(given, "alt_simkd_repo_pooled" in arrays)
-        )
+        found = core(given, meta) if claim == "core/srrl" else classic(given, "alt_simkd_repo_pooled" in arrays)
         answer |= {f"{name}{suffix}": value for name, value in found.items() if f"{name}{suffix}" in arrays}
     return answer
 
@@ -135,9 +133,7 @@ def classic(given: Weights, pooled: bool) -> dict[str, Any]:
 
 
 def theirs(name: str) -> str:
-    return name.replace("connector.conv", "connector.Connectors.0").replace(
-        "connector.bn", "connector.Connectors.1"
-    )
+    return name.replace("connector.conv", "connector.Connectors.0").replace("connector.bn", "connector.Connectors.1")
 
 
 # the equation, worked out by loops
@@ -214,8 +210,7 @@ def test_the_forms_agree_on_maps_of_one_position() -> None:
 def test_the_forms_differ_on_larger_maps() -> None:
     student, teacher = case().tensors()
     map_, pooled = (
-        case(form=form).loss(case(form=form).built(), student, teacher, case().batch())
-        for form in ("map", "pooled")
+        case(form=form).loss(case(form=form).built(), student, teacher, case().batch()) for form in ("map", "pooled")
     )
     assert not torch.allclose(map_, pooled)
 
@@ -353,9 +348,7 @@ def test_one_sample_with_several_positions_trains() -> None:
     assert case().loss(case().built(), *first, case().batch()).isfinite()
 
 
-@pytest.mark.parametrize(
-    ("form", "shape"), [("map", (1, 4, 1, 1)), ("pooled", (1, 4, 3, 3)), ("pooled", (1, 4, 1, 1))]
-)
+@pytest.mark.parametrize(("form", "shape"), [("map", (1, 4, 1, 1)), ("pooled", (1, 4, 3, 3)), ("pooled", (1, 4, 1, 1))])
 def test_one_value_a_channel_cannot_train(form: str, shape: tuple[int, ...]) -> None:
     here = case(form=form)
     term = here.built()
@@ -420,15 +413,11 @@ def test_an_unknown_form() -> None:
 
 def build(student: tuple[int, ...], teacher: tuple[int, ...], lent: nn.Module) -> None:
     signals = Signals(None, {"map": torch.zeros(student)}), Signals(None, {"map": torch.zeros(teacher)})
-    SRRL().build(
-        signals[0], Signals(None, signals[1].taps, {"classifier": lent.requires_grad_(False)}), Facts()
-    )
+    SRRL().build(signals[0], Signals(None, signals[1].taps, {"classifier": lent.requires_grad_(False)}), Facts())
 
 
 def test_a_tap_that_is_no_map() -> None:
-    with pytest.raises(
-        UserError, match=re.escape("srrl pools maps [B, C, H, W], not [2, 4] and [2, 6, 2, 2]")
-    ):
+    with pytest.raises(UserError, match=re.escape("srrl pools maps [B, C, H, W], not [2, 4] and [2, 6, 2, 2]")):
         build((2, 4), (2, 6, 2, 2), classifier())
 
 

@@ -96,9 +96,7 @@ def step(student: Tensor, teacher: Tensor, target: Tensor, meta: dict[str, Any])
     scale=st.floats(0, 30),
 )
 @pytest.mark.parametrize("form", ["kl", "cross_entropy"])
-def test_equals_the_loops(
-    form: Any, seed: int, rows: int, classes: int, temperature: float, scale: float
-) -> None:
+def test_equals_the_loops(form: Any, seed: int, rows: int, classes: int, temperature: float, scale: float) -> None:
     student, teacher = pair(seed, rows, classes, scale)
     expected = oracle.kd(student.detach().numpy(), teacher.numpy(), temperature=temperature, form=form)
     found = kd(student, teacher, temperature=temperature, form=form)
@@ -155,9 +153,7 @@ def test_nothing_to_learn_from_oneself() -> None:
 @given(shift=st.floats(-1e3, 1e3), seed=st.integers(0, 1000))
 def test_a_constant_added_to_all_classes_changes_nothing(shift: float, seed: int) -> None:
     student, teacher = pair(seed)
-    torch.testing.assert_close(
-        kd(student + shift, teacher - shift), kd(student, teacher), rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(kd(student + shift, teacher - shift), kd(student, teacher), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize(("temperature", "within"), [(100.0, 2e-2), (10_000.0, 2e-4)])

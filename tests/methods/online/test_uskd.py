@@ -62,8 +62,7 @@ def golden(claim: str, arrays: Arrays, meta: dict[str, Any]) -> dict[str, Any]:
 
 def step(arrays: Arrays, meta: dict[str, Any], form: Form, dtype: torch.dtype) -> dict[str, Any]:
     logits, feature = (
-        torch.tensor(arrays[name], dtype=dtype, requires_grad=True)
-        for name in ("student_logits", "mid_features")
+        torch.tensor(arrays[name], dtype=dtype, requires_grad=True) for name in ("student_logits", "mid_features")
     )
     signals = Signals(logits, {"logits": logits, "stages[-2]": feature})
     coefficients: dict[str, Any] = {name: meta[name] for name in ("alpha", "beta", "mu")}
@@ -101,9 +100,7 @@ def step(arrays: Arrays, meta: dict[str, Any], form: Form, dtype: torch.dtype) -
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    seed=st.integers(0, 10_000), rows=st.integers(1, 5), classes=st.integers(2, 9), scale=st.floats(0.1, 20)
-)
+@given(seed=st.integers(0, 10_000), rows=st.integers(1, 5), classes=st.integers(2, 9), scale=st.floats(0.1, 20))
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_equals_the_loops(form: Form, soft: bool, seed: int, rows: int, classes: int, scale: float) -> None:
@@ -131,9 +128,7 @@ def test_equals_the_loops(form: Form, soft: bool, seed: int, rows: int, classes:
 def test_the_order_equals_the_loops(form: Form) -> None:
     student, weak = drawn(5, 40, 12)
     index = labels_for(5, 40, 12, soft=False)[:, None]
-    expected = oracle.rank_classes(
-        student.detach().numpy(), weak.detach().numpy(), index.numpy(), form=FORMS[form]
-    )
+    expected = oracle.rank_classes(student.detach().numpy(), weak.detach().numpy(), index.numpy(), form=FORMS[form])
     np.testing.assert_array_equal(class_order(student, weak, index, form).numpy(), expected)
 
 
@@ -239,9 +234,7 @@ def test_alpha_beta_and_mu_weigh_the_parts() -> None:
     target = labels_for(11, 4, 5, soft=False)
     unit = uskd(student, weak, target, **UNIT)
     found = uskd(student, weak, target, alpha=0.1, beta=0.2, mu=0.3)
-    torch.testing.assert_close(
-        list(found.values()), [w * unit[n] for n, w in zip(unit, (0.1, 0.2, 0.3), strict=True)]
-    )
+    torch.testing.assert_close(list(found.values()), [w * unit[n] for n, w in zip(unit, (0.1, 0.2, 0.3), strict=True)])
 
 
 def test_a_class_as_a_soft_label_loses_a_second_class() -> None:
@@ -313,9 +306,7 @@ def test_no_rows_give_a_connected_zero(soft: bool) -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True])
-def test_with_gather_the_parts_of_two_ranks_make_the_whole(
-    soft: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_with_gather_the_parts_of_two_ranks_make_the_whole(soft: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     student, weak = drawn(14, 6, 5)
     target = labels_for(14, 6, 5, soft)
     labelled = torch.tensor([True, True, True, False, True, True])

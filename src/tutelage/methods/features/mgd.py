@@ -124,9 +124,7 @@ class MGD(Term):
         assert teacher is not None
         source, goal = student[self.student_tap.name], teacher[self.teacher_tap.name]
         if source.ndim != 4 or goal.ndim != 4:
-            raise UserError(
-                f"mgd rebuilds maps [B, C, H, W], not {list(source.shape)} and {list(goal.shape)}"
-            )
+            raise UserError(f"mgd rebuilds maps [B, C, H, W], not {list(source.shape)} and {list(goal.shape)}")
         check_grid(source, goal, "mgd")
         width = goal.shape[1]
         self.align = bridge(source, goal)

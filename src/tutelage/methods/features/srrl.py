@@ -180,9 +180,7 @@ class SRRL(Term):
                 f"{self.teacher_tap.name!r} ({reason}); {advice}"
             ) from error
         if scores.ndim != 2:
-            raise UserError(
-                f"srrl: the teacher's {self.classifier!r} gave {list(scores.shape)}, not [B, K]; {advice}"
-            )
+            raise UserError(f"srrl: the teacher's {self.classifier!r} gave {list(scores.shape)}, not [B, K]; {advice}")
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `feature` and `regression`.

@@ -41,9 +41,7 @@ OBJECTIVE = {"task": 1.0, "uskd": {"weight": 1.0}}
 Form = Literal["probability", "log_probability"]
 
 
-def class_order(
-    student_logits: Tensor, weak_logits: Tensor, top: Tensor, form: Form = "probability"
-) -> Tensor:
+def class_order(student_logits: Tensor, weak_logits: Tensor, top: Tensor, form: Form = "probability") -> Tensor:
     """Return the classes of each row by falling ranking score, targets included.
 
         r_i = w_i / (1 - sum_J w + 1e-6) + g_i / (1 - sum_J g + 1e-6),    g = p, or log p
@@ -164,9 +162,7 @@ def uskd(
     if classes > index.shape[1]:
         order = class_order(student_logits, weak_logits, index, form)
         places = 1 / torch.arange(1, classes + 1, device=order.device, dtype=student_logits.dtype)
-        zipf = (
-            torch.zeros_like(student_logits).scatter(1, order, places.expand(rows, -1)).scatter(1, index, 0.0)
-        )
+        zipf = torch.zeros_like(student_logits).scatter(1, order, places.expand(rows, -1)).scatter(1, index, 0.0)
         others = student_logits.scatter(1, index, -torch.inf)
         nontarget = soft_cross_entropy(others, zipf / zipf.sum(dim=1, keepdim=True))
     else:
@@ -245,9 +241,7 @@ class USKD(Term):
         if feature.ndim == 4:
             feature = feature.mean((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32))
         if not isinstance(batch.target, Tensor):
-            raise UserError(
-                f"uskd needs class labels, and this data has {type(batch.target).__name__} for a target"
-            )
+            raise UserError(f"uskd needs class labels, and this data has {type(batch.target).__name__} for a target")
         return uskd(
             student.logits,
             self.weak_head(feature.to(self.weak_head.weight.dtype)),
