@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from tutelage.core.term import Outcome as Outcome
     from tutelage.core.term import Reads as Reads
     from tutelage.core.term import Term as Term
+    from tutelage.core.text import TextSpec as TextSpec
 
 HOMES = {
     "Batch": "batch",
@@ -51,6 +52,7 @@ HOMES = {
     "Task": "task",
     "Teacher": "teacher",
     "Term": "term",
+    "TextSpec": "text",
 }
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from tutelage.core.error import UserError, nearest
 from tutelage.core.tap import Tap, expand, is_role
+from tutelage.core.text import TextSpec
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Model:
         roles: places of tensors by role; see `tutelage.core.tap.ROLES`.
         modules: paths of modules by role, for what a teacher may lend (`classifier`).
         input: pixels it wants; None passes inputs as they are.
+        text: tokens it reads, for a language model.
         class_names: of its outputs, in order; empty if unknown.
         call: how to call it, where `module(inputs)` is not enough.
         source: how to build it again, as in a recipe.
@@ -78,6 +80,7 @@ class Model:
     class_names: tuple[str, ...] = ()
     call: Callable[[nn.Module, Any], Any] | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
+    text: TextSpec | None = None
     constants: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

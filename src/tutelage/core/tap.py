@@ -36,6 +36,8 @@ class Tap:
         call: which call (0-based), for a module that runs more than once in a forward.
         layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens.
         prefix: number of prefix tokens, for the token layouts.
+        part: (which, of how many) equal parts of the last dimension, for a layer that gives several tensors side
+            by side, such as a fused query, key and value.
         view: of the batch, for a term that reads one model on several views; None is the view of its source.
 
     Raises:
@@ -48,6 +50,7 @@ class Tap:
     call: int | None = None
     layout: Layout = "nchw"
     prefix: int = 0
+    part: tuple[int, int] | None = None
     view: str | None = None
 
     def __post_init__(self) -> None:
@@ -57,6 +60,11 @@ class Tap:
                 raise UserError(
                     f"tap {self.where!r}: {word} {given!r} is not known{nearest(str(given), valid)}"
                 )
+        if self.part is not None:
+            which, count = self.part if len(self.part) == 2 else (-1, 0)
+            if not 0 <= which < count:
+                raise UserError(f"tap {self.where!r}: part is [which, of how many], such as [0, 3], not {self.part}")
+            object.__setattr__(self, "part", (which, count))  # a recipe gives a list
 
     @classmethod
     def parse(cls, value: "str | Mapping[str, Any] | Tap") -> "Tap":
@@ -86,7 +94,8 @@ class Tap:
         key = "" if self.key is None else f"[{self.key!r}]"
         call = "" if self.call is None else f"#{self.call}"
         layout = "" if self.layout == "nchw" else f"({self.layout}{self.prefix or ''})"
-        return f"{self.where}{side}{key}{call}{layout}" + (f"@{self.view}" if self.view else "")
+        part = "" if self.part is None else f"({self.part[0]} of {self.part[1]})"
+        return f"{self.where}{side}{key}{call}{layout}{part}" + (f"@{self.view}" if self.view else "")
 
     @property
     def plain(self) -> "Tap":
@@ -131,6 +140,11 @@ def _pick(value: Any, key: int | str | None) -> Any:
 
 
 def _arrange(tensor: Tensor, tap: Tap) -> Tensor:
+    if tap.part is not None:
+        which, count = tap.part
+        if tensor.shape[-1] % count:
+            raise UserError(f"tap {tap}: its last dimension, {tensor.shape[-1]}, has no {count} equal parts")
+        tensor = tensor.chunk(count, dim=-1)[which]
     if tap.layout == "nhwc" and tensor.ndim == 4:
         return tensor.permute(0, 3, 1, 2)
     if tap.layout == "tokens" and tap.prefix:
