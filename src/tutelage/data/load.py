@@ -222,8 +222,7 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
         train = _with_unlabelled(train, section)
     plain = augment.build(section.augment, train=False, size=section.image_size)
     alike: dict[str, Any] = {"seed": seed, "workers": section.workers, "on_error": section.on_error}
-    alike |= {"rank": rank, "world_size": world_size}
-    held_out = {
+    held_out = {  # read whole by every rank: a score needs all answers
         name: Loader(sets[name], section.batch_size, train=False, transform=plain, **alike)
         for name in ("validation", "test")
         if name in sets
@@ -241,6 +240,8 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
         labelled_per_batch=section.labelled_per_batch,
         repeats=section.repeats,
         mixing=_mixing(section, len(train.class_names)),
+        rank=rank,
+        world_size=world_size,
         **alike,
     )
     return Splits(loader, held_out["validation"], held_out.get("test"))
@@ -251,9 +252,7 @@ def _read(spec: Spec) -> Sets:
     if kind not in SOURCES:
         looks_like_path = "/" in spec.source or Path(spec.source).exists() or spec.source.startswith(".")
         if not looks_like_path:
-            raise UserError(
-                f"data.source {spec.source!r} is neither a folder nor a known kind{nearest(kind, SOURCES)}"
-            )
+            raise UserError(f"data.source {spec.source!r} is neither a folder nor a known kind{nearest(kind, SOURCES)}")
         kind, place = "folder", spec.source
     elif kind != "digits" and not place:
         raise UserError(f"data.source: write {kind}:{'NAME' if kind in ('torchvision', 'hf') else 'PATH'}")
