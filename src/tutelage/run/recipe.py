@@ -89,7 +89,7 @@ class TeacherSection(StudentSection):
 
 
 class DataSection(Section):
-    """The samples. `source` is `digits`, a folder, or `kind:place` (see `tutelage.data.load`)."""
+    """The samples: the words of `tutelage.data.load.Spec`, which says what they mean."""
 
     source: str
     labels: int | float | None = None
@@ -100,11 +100,17 @@ class DataSection(Section):
     labelled_per_batch: int | None = Field(None, ge=1)
     workers: int = Field(0, ge=0)
     augment: str | list[Any] | dict[str, Any] | None = None
+    views: dict[str, Any] = Field(default_factory=dict)
     image_size: int | tuple[int, int] | None = None
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
     repeats: int = Field(1, ge=1)
     on_error: Literal["raise", "skip"] = "raise"
+    channels: Literal[1, 3] = 3
+    allow_duplicates: bool = False
+    download: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
 
 
 class OptimizerSection(Open):
