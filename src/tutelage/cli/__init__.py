@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = INTERRUPTED
     if code == INTERRUPTED:  # which typer makes of an interrupt
         _stop("stopped; the command of a run, given again, goes on from its last checkpoint", INTERRUPTED)
+    if code:
+        raise SystemExit(code)
 
 
 def _stop(said: str, code: int) -> NoReturn:

@@ -4,6 +4,7 @@
 import json
 import os
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
@@ -46,35 +47,43 @@ def finished(result: Any, as_json: bool) -> None:
         print(f"{scores_text(result.scores)}\n\n{home}/student.safetensors\n{home}/report.html")
 
 
-def compared_text(compared: Any) -> None:
-    """Print the tables and the verdict of a comparison."""
+def console() -> Any:
+    """Return where tables are printed: as wide as the terminal, or 120 characters into a file."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in compared.tables:
-        console.print(table.rich())
+    return Console(width=None if sys.stdout.isatty() else 120, highlight=False, markup=False)
+
+
+def tables_text(tables: Iterable[Any]) -> None:
+    """Print tables; one without rows is left out."""
+    screen = console()
+    for table in tables:
+        if table.rows:
+            screen.print(table.rich())
+
+
+def compared_text(compared: Any) -> None:
+    """Print the tables and the verdict of a comparison."""
+    tables_text(compared.tables)
     verdict = compared.comparison.verdict
+    screen = console()
     for line in (verdict.sentence, *verdict.details):
-        console.print(line, highlight=False)
-    console.print(f"\n{compared.folder}/report.html", highlight=False)
+        screen.print(line)
+    print(f"\n{compared.folder}/report.html")
 
 
 def checked_text(found: Any) -> None:
     """Print what `check` found."""
-    from rich.console import Console
-
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    for table in (found.dry_run.signals(), found.dry_run.bridges(), found.table()):
-        if table.rows:
-            console.print(table.rich())
+    tables_text((found.dry_run.signals(), found.dry_run.bridges(), found.table()))
+    screen = console()
     for source, pixels in found.inputs.items():
-        console.print(f"{source} takes {pixels}", highlight=False)
+        screen.print(f"{source} takes {pixels}")
     if found.teacher is not None:
         scores = ", ".join(f"{name} {value:.3f}" for name, value in found.teacher.items())
-        console.print(f"teacher on a few validation batches: {scores}", highlight=False)
+        screen.print(f"teacher on a few validation batches: {scores}")
     for heading, names in found.dry_run.remarks:
-        console.print(f"{heading}: {', '.join(names)}", highlight=False)
+        screen.print(f"{heading}: {', '.join(names)}")
     for said in found.remarks:
-        console.print(f"look: {said}", highlight=False)
+        screen.print(f"look: {said}")
     memory = f", {found.memory / 2**30:.1f} GiB on the device" if found.memory else ""
-    console.print(f"{found.steps} steps, about {found.seconds / 60:.1f} minutes{memory}", highlight=False)
+    screen.print(f"{found.steps} steps, about {found.seconds / 60:.1f} minutes{memory}")

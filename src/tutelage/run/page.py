@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of a run and of a comparison, from what lies in their folders."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from tutelage import methods
@@ -32,8 +32,16 @@ logits = student(pixels)        # [B, C, H, W] in [0, 1]; normalised and resized
 def cards_of(objective: Mapping[str, Any]) -> tuple[Card, ...]:
     """Return the cards of the methods an objective names, each once; a method of one's own has none."""
     found = methods.cards()
-    stems = (str(b.get("method", label)) if isinstance(b, Mapping) else label for label, b in objective.items())
-    return tuple(found[stem] for stem in dict.fromkeys(stems) if stem in found)
+    return tuple(found[stem] for stem in dict.fromkeys(_stems(objective)) if stem in found)
+
+
+def _stems(objective: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the methods of an objective, those among a term's options after it."""
+    for label, block in objective.items():
+        options = block if isinstance(block, Mapping) else {}
+        yield str(options.get("method", label))
+        nested = (value for value in options.values() if isinstance(value, Mapping) and "method" in value)
+        yield from (stem for value in nested for stem in _stems({"": value}))
 
 
 def lead(recipe: Recipe) -> str:

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`tutelage predict`: what a model sees in images."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tutelage.cli._show import Json, document, remark, tables_text
+from tutelage.core.error import UserError
+
+
+def predict(
+    model: Annotated[str, typer.Argument(help="The folder of a run, or a model such as timm:resnet18.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    top: Annotated[int, typer.Option(help="So many classes an image.")] = 3,
+    weights: Annotated[str | None, typer.Option(help="pretrained, or a file, for a model that is no run.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes in the file of weights.")] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a side; the run's, or the model's own.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cpu or cuda.")] = None,
+    skip: Annotated[bool, typer.Option("--skip", help="Files that cannot be read are no error.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print the likeliest classes of each image.
+
+    Files that cannot be read are named after the others; then the exit code is 2, unless --skip is given.
+    """
+    from tutelage.run.predict import predict as answers
+
+    found = answers(model, images, top=top, weights=weights, num_classes=classes, image_size=size, device=device)
+    if as_json:
+        document(found.plain())
+    else:
+        tables_text([found.table])
+    for path, reason in found.unreadable.items():
+        remark(f"cannot read {path}: {reason}")
+    if found.unreadable and not skip:
+        count = len(found.unreadable)
+        raise UserError(f"{count} of {count + len(found.images)} files could not be read; --skip lets them pass")
