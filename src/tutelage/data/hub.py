@@ -55,9 +55,7 @@ class Rows:
         return replace(self, targets=targets)
 
 
-def hub(
-    place: str, *, image: str | None = None, label: str | None = None, download: bool = False
-) -> dict[str, Rows]:
+def hub(place: str, *, image: str | None = None, label: str | None = None, download: bool = False) -> dict[str, Rows]:
     """Return the splits of a set: `train` and, where there are, `validation` and `test`.
 
     Args:
@@ -68,6 +66,26 @@ def hub(
 
     Raises:
         UserError: if `datasets` is not installed, the set cannot be had, or columns cannot be told.
+    """
+    found = tables(place, download)
+    sets: dict[str, Rows] = {}
+    for split, table in found.items():
+        known = sets["train"].class_names if "train" in sets else ()
+        sets[split] = _rows(table, image, label, f"{place}/{split}", known)
+    return sets
+
+
+def tables(place: str, download: bool = False) -> dict[str, Any]:
+    """Return the tables of a set by split: `train` and, where there are, `validation` and `test`.
+
+    Without a validation split the test split is it.
+
+    Args:
+        place: a folder written by `save_to_disk`, or a name (`name` or `name:configuration`) of the hub.
+        download: fetch from the hub what is not in its cache.
+
+    Raises:
+        UserError: if `datasets` is not installed, or the set cannot be had.
     """
     try:
         import datasets
@@ -82,21 +100,18 @@ def hub(
             found = datasets.load_dataset(name, configuration or None, download_config=mode)
     except (OSError, ValueError, RuntimeError) as error:
         hint = "" if download or Path(place).is_dir() else "; data.download: true fetches it"
-        raise UserError(
-            f"data.source: 'hf:{place}' cannot be had ({str(error).splitlines()[0]}){hint}"
-        ) from error
-    tables = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
-    sets: dict[str, Rows] = {}
-    for split, names in SPLITS.items():
-        table = next((tables[word] for word in names if word in tables), None)
-        if table is not None:
-            known = sets["train"].class_names if "train" in sets else ()
-            sets[split] = _rows(table, image, label, f"{place}/{split}", known)
-    if "train" not in sets:
-        raise UserError(f"data.source: 'hf:{place}' has no split train; it has {', '.join(tables)}")
-    if "validation" not in sets and "test" in sets:
-        sets["validation"] = sets.pop("test")
-    return sets
+        raise UserError(f"data.source: 'hf:{place}' cannot be had ({str(error).splitlines()[0]}){hint}") from error
+    given = {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
+    splits = {
+        split: next(given[word] for word in names if word in given)
+        for split, names in SPLITS.items()
+        if any(word in given for word in names)
+    }
+    if "train" not in splits:
+        raise UserError(f"data.source: 'hf:{place}' has no split train; it has {', '.join(given)}")
+    if "validation" not in splits and "test" in splits:
+        splits["validation"] = splits.pop("test")
+    return splits
 
 
 def _rows(table: Any, image: str | None, label: str | None, source: str, known: tuple[str, ...]) -> Rows:
@@ -113,9 +128,7 @@ def _rows(table: Any, image: str | None, label: str | None, source: str, known: 
         places = {word: number for number, word in enumerate(names)}
         strange = next((word for word in values if word not in places), None)
         if strange is not None:
-            raise UserError(
-                f"{source}: class {strange!r} is not among the training classes{nearest(strange, names)}"
-            )
+            raise UserError(f"{source}: class {strange!r} is not among the training classes{nearest(strange, names)}")
         values = [places[word] for word in values]
     targets = torch.tensor([-1 if value is None else int(value) for value in values])
     names = names or known or class_words(range(int(targets.max()) + 1))

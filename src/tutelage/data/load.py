@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -13,7 +14,7 @@ from tutelage.core.error import UserError, nearest
 from tutelage.data import augment
 from tutelage.data.loader import Loader
 from tutelage.data.mix import Mix
-from tutelage.data.samples import Joined, Samples, stratified, without
+from tutelage.data.samples import Composed, Joined, Samples, stratified, without
 
 #: Seed of a validation split the source does not make: apart from any run's.
 SPLIT_SEED = 11
@@ -51,6 +52,19 @@ class Splits:
         samples = self.train.samples.keep(torch.arange(min(size, len(self.train.samples))))
         return next(Loader(samples, size, train=False, transform=self.validation.transform).epoch())
 
+    def model_facts(self) -> dict[str, Any]:
+        """Return what a model must know of the data, as keywords of `tutelage.models.load.load`."""
+        samples = self.train.samples
+        if isinstance(samples, Composed):
+            return samples.model_facts()
+        _, channels, height, width = self.sample().inputs.shape
+        return {
+            "num_classes": self.num_classes,
+            "in_channels": channels,
+            "image_size": (height, width),
+            "class_names": self.class_names,
+        }
+
     def facts(self, total_steps: int, seed: int = 0, accumulate: int = 1) -> Facts:
         """Return what terms may know of the run before its first step."""
         return Facts(
@@ -71,7 +85,8 @@ class Spec:
 
     Args:
         source: `digits`, a folder, `folder:PATH`, `cifar10:PATH`, `cifar100:PATH`, `idx:PATH`,
-            `torchvision:NAME` or `torchvision:NAME:PATH`, or `hf:PATH_OR_NAME`.
+            `torchvision:NAME` or `torchvision:NAME:PATH`, or `hf:PATH_OR_NAME`; text: `stdlib-text`, `text:PATH`
+            (a file, or a folder of .txt files), or `hf:PATH_OR_NAME` with the section `text`.
         labels: so many training images (or this share of them) stay labelled; None keeps all labels.
         label_seed: chooses which; apart from the run's seed.
         unlabelled: a folder of further images without labels.
@@ -91,6 +106,7 @@ class Spec:
         download: let `torchvision:` and `hf:` fetch what is not there.
         image_column: of an `hf:` set.
         label_column: of an `hf:` set.
+        text: how text becomes samples, see `tutelage.data.text.Options`.
     """
 
     source: str
@@ -113,6 +129,7 @@ class Spec:
     download: bool = False
     image_column: str | None = None
     label_column: str | None = None
+    text: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, given: "Mapping[str, Any] | str") -> "Spec":
@@ -180,9 +197,21 @@ def _torchvision(place: str, spec: Spec) -> Sets:
 
 
 def _hub(place: str, spec: Spec) -> Sets:
+    if spec.text is not None:
+        return _texts("hf", place, spec)
     from tutelage.data.hub import hub
 
     return dict(hub(place, image=spec.image_column, label=spec.label_column, download=spec.download))
+
+
+def _texts(kind: str, place: str, spec: Spec) -> Sets:
+    from tutelage.data.text import Options, texts
+
+    for word in OF_IMAGES:
+        if getattr(spec, word):
+            raise UserError(f"data.{word} is for images with classes, and {spec.source} is text; leave it out")
+    options = Options.parse(spec.text)
+    return dict(texts(kind, place, options, validation_share=spec.validation_share, download=spec.download))
 
 
 #: Reads a kind of source: what stands after the colon, and the section. Sets without a validation split give
@@ -195,7 +224,16 @@ SOURCES: dict[str, Callable[[str, Spec], Sets]] = {
     "idx": _idx,
     "torchvision": _torchvision,
     "hf": _hub,
+    "text": partial(_texts, "text"),
+    "stdlib-text": partial(_texts, "stdlib-text"),
 }
+#: Kinds that come with the package, or with Python: nothing stands after them.
+EMBEDDED = ("digits", "stdlib-text")
+#: Words of the section that are about images and classes.
+OF_IMAGES = (
+    *("labels", "unlabelled", "labelled_per_batch", "augment", "views", "image_size", "mixup", "cutmix"),
+    *("image_column", "label_column"),
+)
 
 
 def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> Splits:
@@ -254,7 +292,7 @@ def _read(spec: Spec) -> Sets:
         if not looks_like_path:
             raise UserError(f"data.source {spec.source!r} is neither a folder nor a known kind{nearest(kind, SOURCES)}")
         kind, place = "folder", spec.source
-    elif kind != "digits" and not place:
+    elif kind not in EMBEDDED and not place:
         raise UserError(f"data.source: write {kind}:{'NAME' if kind in ('torchvision', 'hf') else 'PATH'}")
     sets = SOURCES[kind](place, spec)
     if "validation" not in sets:

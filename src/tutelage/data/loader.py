@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tutelage.core import Batch
 from tutelage.core.error import UserError
-from tutelage.data.samples import Held, Samples, to_unit
+from tutelage.data.samples import Composed, Held, Samples, to_unit
 from tutelage.functional.noise import keys, mix
 
 #: Images `[B, C, H, W]` and the keys of their augmentation `[B]` to images.
@@ -121,15 +121,11 @@ class Loader:
 
     def _check_parts(self, wanted: int) -> None:
         if not 0 < wanted < self.batch_size:
-            raise UserError(
-                f"data.labelled_per_batch must lie between 1 and {self.batch_size - 1}, not {wanted}"
-            )
+            raise UserError(f"data.labelled_per_batch must lie between 1 and {self.batch_size - 1}, not {wanted}")
         if not len(self.labelled):
             raise UserError("data.labelled_per_batch: the set holds no labelled sample")
         if not len(self.pool):
-            raise UserError(
-                "data.labelled_per_batch: the set holds no unlabelled sample; leave the option out"
-            )
+            raise UserError("data.labelled_per_batch: the set holds no unlabelled sample; leave the option out")
 
     @property
     def steps_per_epoch(self) -> int:
@@ -210,14 +206,12 @@ class Loader:
         ids, view = ids[fetched.rows], view[fetched.rows]
         if not len(ids):
             if fetched.failures:  # a step without a batch would put epoch and position out of step
-                raise UserError(
-                    f"no sample of a whole batch could be read, the first is {next(iter(self.skipped))}"
-                )
+                raise UserError(f"no sample of a whole batch could be read, the first is {next(iter(self.skipped))}")
             return None  # a small last batch of an evaluation leaves this rank nothing
         views = {name: to_unit(images) for name, images in fetched.views.items()}
-        batch = Batch.of(
-            to_unit(fetched.images), self.samples.targets[ids], index=ids, view=view, views=views
-        )
+        batch = Batch.of(to_unit(fetched.images), self.samples.targets[ids], index=ids, view=view, views=views)
+        if isinstance(self.samples, Composed):
+            batch = self.samples.compose(batch, train=self.train)
         if self.train and self.mixing is not None:
             batch = self.mixing(batch, mix(self.seed, MIX, epoch * self._steps + position))
         return batch
@@ -269,8 +263,7 @@ class Loader:
 
     def _further(self, images: Tensor, view: Tensor) -> dict[str, Tensor]:
         return {
-            name: transform(images, keys(zlib.crc32(name.encode()), view))
-            for name, transform in self.views.items()
+            name: transform(images, keys(zlib.crc32(name.encode()), view)) for name, transform in self.views.items()
         }
 
 

@@ -3,11 +3,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, final, runtime_checkable
+from typing import Any, Protocol, Self, final, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from tutelage.core import Batch
 from tutelage.functional.noise import keys, mix
 
 
@@ -44,6 +45,17 @@ class Held(Samples, Protocol):
 
     def read_many(self, index: Tensor) -> Tensor:
         """Return `[B, C, H, W]`."""
+
+
+@runtime_checkable
+class Composed(Samples, Protocol):
+    """Samples that are no images: they make of what was read what models are called with."""
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return what a model must know of the samples, as keywords of `tutelage.models.load.load`."""
+
+    def compose(self, batch: Batch, *, train: bool) -> Batch:
+        """Return the batch as models take it, from one whose inputs are what was read."""
 
 
 @final
@@ -107,9 +119,7 @@ class Joined:
         """Return the sets as one."""
         spans = [torch.arange(len(part)) for part in parts]
         which = torch.cat([torch.full_like(span, number) for number, span in enumerate(spans)])
-        return cls(
-            parts, torch.stack([which, torch.cat(spans)], 1), torch.cat([part.targets for part in parts])
-        )
+        return cls(parts, torch.stack([which, torch.cat(spans)], 1), torch.cat([part.targets for part in parts]))
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -116,14 +116,7 @@ def task_of(section: TaskSection, **known: Any) -> Task:
 
 
 def _model(section: Mapping[str, Any], data: Splits) -> Model:
-    pixels = data.sample().inputs
-    return load_model(
-        section,
-        num_classes=data.num_classes,
-        in_channels=pixels.shape[1],
-        image_size=(pixels.shape[2], pixels.shape[3]),
-        class_names=data.class_names,
-    )
+    return load_model(section, **data.model_facts())
 
 
 def teacher_of(recipe: Recipe, data: Splits, weights: Path | None) -> Teacher | None:

@@ -173,7 +173,7 @@ def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Res
     dry_run = DryRun.of(made.distiller)
     student = made.settled()
     student.module.eval().to("cpu")
-    measures = measure(student, made.sample.inputs[:1].cpu())
+    measures = measure(student, made.sample.to("cpu").inputs)
 
     def write() -> None:
         rebuilds = [rebuild.record() for rebuild in made.rebuilds]

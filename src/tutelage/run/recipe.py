@@ -111,6 +111,7 @@ class DataSection(Section):
     download: bool = False
     image_column: str | None = None
     label_column: str | None = None
+    text: dict[str, Any] | None = None
 
 
 class OptimizerSection(Open):
