@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from tutelage.core.error import UserError
+from tutelage.core.storage import write_text
 from tutelage.train import checkpoint
-from tutelage.train.checkpoint import Shelf, load, nonfinite, require_fit, save, write_text
+from tutelage.train.checkpoint import Shelf, load, nonfinite, require_fit, save
 
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors.torch import load_model, save_model
 from torch import Tensor
 
+from tutelage.core.storage import write_whole
 from tutelage.export.student import Export, Exported
-from tutelage.train.checkpoint import write_whole
 
 
 def write(student: Exported, pixels: Tensor, path: Path) -> Export:

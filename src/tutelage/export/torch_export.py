@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from tutelage.core.error import UserError
+from tutelage.core.storage import write_whole
 from tutelage.export.student import Export, Exported, require_equal
-from tutelage.train.checkpoint import write_whole
 
 
 def write(student: Exported, pixels: Tensor, path: Path) -> Export:

@@ -9,12 +9,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from tutelage.core.card import Card
+from tutelage.core.storage import write_text
 from tutelage.report.cite import bibliography, link
 from tutelage.report.dry_run import DryRun
 from tutelage.report.plot import Plot
 from tutelage.report.table import Table
 from tutelage.report.verdict import Verdict
-from tutelage.train.checkpoint import write_text
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from tutelage import methods
 from tutelage.core.error import UserError
+from tutelage.core.storage import write_text
 from tutelage.report.comparison import Comparison
 from tutelage.report.measure import Measures
 from tutelage.report.measure import table as cost_table
@@ -19,7 +20,6 @@ from tutelage.run.distill import Result, distill, rehearse, teacher_recipe
 from tutelage.run.objective import of_methods
 from tutelage.run.page import comparison_page
 from tutelage.run.recipe import Recipe, TaskSection, load
-from tutelage.train.checkpoint import write_text
 from tutelage.train.runtime import Runtime
 
 

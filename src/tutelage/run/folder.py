@@ -10,8 +10,8 @@ from safetensors.torch import save_model
 from torch import nn
 
 from tutelage.core.error import UserError
+from tutelage.core.storage import write_text, write_whole
 from tutelage.run.recipe import Recipe, parse, read_text, read_yaml
-from tutelage.train.checkpoint import write_text, write_whole
 
 SHOWN = 3  # differences that an error lists
 

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training state on disk: one safetensors file, written whole or not at all. No pickle is written or read."""
 
-import errno
 import json
-import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,45 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tutelage.core.error import UserError
+from tutelage.core.storage import write_whole
 
 SLOT = "\u0000tensor"
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, sync it, then rename it: a reader sees all of it or nothing.
-
-    Raises:
-        UserError: if the disk is full or the folder cannot be written; nothing is left behind, and the file
-            that was there before is untouched.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise unwritten(path, error) from error
-
-
-def unwritten(path: Path, error: Exception) -> UserError:
-    """Return the line that says why a file could not be written."""
-    reason = getattr(error, "strerror", None) or str(error)
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in reason:
-        reason = "the disk is full; make room, then give the same command again"
-    return UserError(f"could not write {path}: {reason}")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-
-    def write(partial: Path) -> None:
-        partial.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
 
 
 def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from tutelage.train.checkpoint import unwritten, write_text
+from tutelage.core.storage import unwritten, write_text
 
 
 class Log:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where and in which precision a run computes: one process, or several under DistributedDataParallel."""
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -76,20 +77,11 @@ class Runtime:
         """Return what to call for losses: the Distiller, or its DistributedDataParallel."""
         if ranks.world_size() == 1:
             return distiller
-        return DistributedDataParallel(
-            distiller,
-            device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            broadcast_buffers=False,
-        )
-
-    def seed(self, key: int) -> None:
-        """Seed the generators that dropout and its like draw from: the CPU's and this device's.
-
-        `torch.manual_seed` also leaves word for devices that are not in use, with a stack trace each time.
-        """
-        torch.default_generator.manual_seed(key)
-        if self.device.type != "cpu":
-            torch.get_device_module(self.device).manual_seed(key)
+        # batch statistics are local: torch renamed the option that would overwrite them before each forward
+        known = inspect.signature(DistributedDataParallel).parameters
+        word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return DistributedDataParallel(distiller, device_ids=devices, **{word: False})
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast region of the models."""
