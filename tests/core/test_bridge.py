@@ -72,7 +72,7 @@ def test_what_is_refused() -> None:
     said = "m compares maps [B, C, H, W], not [2, 3] and [2, 3, 1, 1]"
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         check_maps(torch.zeros(2, 3), torch.zeros(2, 3, 1, 1), "m")
-    with pytest.raises(UserError, match="^m: batch norm cannot train on one value a channel"):
+    with pytest.raises(UserError, match=r"^m: batch norm cannot train on one value a channel"):
         check_statistics(torch.zeros(1, 3, 1, 1), True, "m")
     check_statistics(torch.zeros(1, 3, 1, 1), False, "m")
     check_statistics(torch.zeros(1, 3, 1, 2), True, "m")
