@@ -5,6 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -81,7 +82,17 @@ class Runtime:
         known = inspect.signature(DistributedDataParallel).parameters
         word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         devices = [self.device.index] if self.device.type == "cuda" else None
-        return DistributedDataParallel(distiller, device_ids=devices, **{word: False})
+        wrapped: Callable[..., Losses] = partial(DistributedDataParallel, **{word: False})(distiller, devices)
+        return wrapped
+
+    def seed(self, key: int) -> None:
+        """Seed the generators that dropout and its like draw from: the CPU's and this device's.
+
+        `torch.manual_seed` also leaves word for devices that are not in use, with a stack trace each time.
+        """
+        torch.default_generator.manual_seed(key)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(key)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the autocast region of the models."""
