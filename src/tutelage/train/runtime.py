@@ -5,8 +5,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
@@ -82,8 +81,8 @@ class Runtime:
         known = inspect.signature(DistributedDataParallel).parameters
         word = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
         devices = [self.device.index] if self.device.type == "cuda" else None
-        wrapped: Callable[..., Losses] = partial(DistributedDataParallel, **{word: False})(distiller, devices)
-        return wrapped
+        local: dict[str, Any] = {word: False}
+        return DistributedDataParallel(distiller, device_ids=devices, **local)
 
     def seed(self, key: int) -> None:
         """Seed the generators that dropout and its like draw from: the CPU's and this device's.
