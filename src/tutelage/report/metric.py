@@ -68,6 +68,9 @@ class Metric:
 KNOWN = {
     "top1": ("top-1 accuracy", True, True),
     "top5": ("top-5 accuracy", True, True),
+    "agreement": ("agreement with the teacher", True, True),
     "ece": ("calibration error", True, False),
     "loss": ("loss", False, False),
+    "perplexity": ("perplexity", False, False),
+    "token_accuracy": ("token accuracy", True, True),
 }

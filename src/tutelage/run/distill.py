@@ -13,8 +13,8 @@ from tutelage.core.schedule import Span
 from tutelage.data.loader import Loader
 from tutelage.report.dry_run import DryRun
 from tutelage.report.measure import Measures, measure
-from tutelage.report.metric import Metric
 from tutelage.run.assemble import Assembled, assemble
+from tutelage.run.closing import closing
 from tutelage.run.folder import RunFolder
 from tutelage.run.page import run_page
 from tutelage.run.recipe import Recipe, parse
@@ -159,7 +159,8 @@ def say_found(made: Assembled, say: Callable[[str], None]) -> None:
     found, teacher = made.distiller.report, made.recipe.teacher
     if teacher and not (teacher.weights or teacher.fit) and teacher.model.partition(":")[0] in BLANK:
         say(f"the teacher {teacher.model} is untrained: give teacher.weights, or teacher.fit to train it first")
-    for source, shapes in found.shapes.items():
+    for source in sorted(found.shapes, key=lambda name: name.partition("@")[0] not in made.distiller.models):
+        shapes = found.shapes[source]
         say(f"{source} reads {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}")
     if found.overwritten:
         say(f"cloned, since a later operation writes into them: {', '.join(found.overwritten)}")
@@ -170,7 +171,8 @@ def say_found(made: Assembled, say: Callable[[str], None]) -> None:
 
 def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Result:
     """Write the student, its scores and the page of the run."""
-    dry_run = DryRun.of(made.distiller)
+    dry_run, look = DryRun.of(made.distiller), closing(made)
+    scores = {**scores, **({} if look.agreement is None else {"agreement": look.agreement})}
     student = made.settled()
     student.module.eval().to("cpu")
     measures = measure(student, made.sample.to("cpu").inputs)
@@ -179,8 +181,15 @@ def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Res
         rebuilds = [rebuild.record() for rebuild in made.rebuilds]
         card = {**student.source, "task": made.task.name, **({"rebuilds": rebuilds} if rebuilds else {})}
         home.save_student(student.module, card)
-        found = {"scores": dict(scores), "measures": measures.plain(), "dry_run": asdict(dry_run)}
-        run_page(home, made.recipe, Metric.of(made.task.headline), scores, measures, dry_run)
+        found = {
+            "metric": made.task.headline,
+            "scores": scores,
+            "teacher": look.teacher,
+            "classes": look.classes,
+            "measures": measures.plain(),
+            "dry_run": asdict(dry_run),
+        }
+        run_page(home, made.recipe, found)
         home.save_result(found)  # last: the sign of a finished run
 
     made.runtime.first(write)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of a run and of a comparison, from what lies in their folders."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tutelage import methods
@@ -11,6 +11,7 @@ from tutelage.report.environment import environment
 from tutelage.report.measure import Measures
 from tutelage.report.measure import table as cost_table
 from tutelage.report.metric import Metric
+from tutelage.report.number import percent
 from tutelage.report.page import Page, write
 from tutelage.report.plot import Dot, curves, differences, loss_parts, scores, styles, trade
 from tutelage.report.records import curve, parts, read_metrics
@@ -22,6 +23,7 @@ from tutelage.run.recipe import Recipe
 if TYPE_CHECKING:
     from tutelage.run.compare import Compared
 
+CLASSES = 20  # rows of a table of classes
 LOADING = """from tutelage.models.load import load
 
 student = load("run:{folder}")  # a Model; student.module is the plain torch.nn.Module, in eval mode
@@ -51,30 +53,62 @@ def lead(recipe: Recipe) -> str:
     return f"{teacher}{recipe.student.model} on {recipe.data.source}{labels}"
 
 
-def run_page(
-    folder: RunFolder,
-    recipe: Recipe,
-    metric: Metric,
-    found: Mapping[str, float],
-    measures: Measures,
-    dry_run: DryRun,
-) -> None:
-    """Write the page of one run."""
+def run_tables(result: Mapping[str, Any]) -> tuple[Table, ...]:
+    """Return the tables of a run's page: scores, classes, size and speed.
+
+    Args:
+        result: what `result.json` holds.
+    """
+    scores, teacher = result["scores"], result["teacher"]
+    rows = [
+        (
+            Metric.of(key).head,
+            Metric.of(key).show(value),
+            *([Metric.of(key).show(teacher[key]) if key in teacher else None] if teacher else []),
+        )
+        for key, value in scores.items()
+    ]
+    heads = ("score", "student", *(["teacher"] if teacher else []))
+    title = "Scores after the last step"
+    classes = class_table(result["classes"])
+    cost = cost_table({"student": Measures(**result["measures"])})
+    return tuple(table for table in (Table(heads, rows, title=title), classes, cost) if table.rows)
+
+
+def class_table(classes: Mapping[str, Sequence[int]]) -> Table:
+    """Return the accuracy of each class; of many, the lowest ones.
+
+    Args:
+        classes: number of samples named rightly and number of samples, by class.
+    """
+    seen = {name: (right, there) for name, (right, there) in classes.items() if there}
+    lowest = sorted(seen, key=lambda name: seen[name][0] / seen[name][1])[:CLASSES]
+    shown = [name for name in seen if name in lowest] if len(seen) <= CLASSES else lowest
+    rows = [(name, str(seen[name][1]), percent(seen[name][0] / seen[name][1])) for name in shown]
+    left_out = f"The {CLASSES} lowest of {len(seen)}; all are in result.json." if len(seen) > CLASSES else ""
+    return Table(("class", "images", "accuracy (%)"), rows, title="Class by class", note=left_out)
+
+
+def run_page(folder: RunFolder, recipe: Recipe, result: Mapping[str, Any]) -> None:
+    """Write the page of one run.
+
+    Args:
+        folder: of the run.
+        recipe: resolved.
+        result: what `result.json` holds.
+    """
+    metric, found, teacher = Metric.of(result["metric"]), result["scores"], result["teacher"] or {}
     records = read_metrics(folder.metrics) if folder.metrics.exists() else []
-    rows = [(Metric.of(key).head, Metric.of(key).show(value)) for key, value in found.items()]
     plots = [curves({"student": [curve(records, "evaluation", metric.key, "epoch")]}, metric)]
     if parts(records):
         plots.append(loss_parts({label: curve(records, "train", label) for label in parts(records)}))
     page = Page(
         title=f"{folder.path.name}",
         lead=lead(recipe),
-        verdict=Verdict.of_run(metric, found[metric.key]) if metric.key in found else None,
-        tables=(
-            Table(("score", "student"), rows, title="Scores after the last step"),
-            cost_table({"student": measures}),
-        ),
+        verdict=Verdict.of_run(metric, found[metric.key], teacher=teacher.get(metric.key)),
+        tables=run_tables(result),
         plots=tuple(plots),
-        dry_runs={"student": dry_run},
+        dry_runs={"student": DryRun.of_plain(result["dry_run"])},
         recipe=recipe.text(),
         environment=environment(),
         cards=cards_of(recipe.objective),

@@ -98,6 +98,40 @@ class Classification:
         }
 
 
+def agreement(one: Tensor, other: Tensor) -> float:
+    """Return the share of samples for which two models name the same class; labels do not matter.
+
+    Args:
+        one: `[N]` classes.
+        other: `[N]` classes.
+
+    Example:
+        >>> agreement(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
+        0.75
+    """
+    return (one == other).double().mean().item()
+
+
+def by_class(answer: Tensor, target: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return how many samples of each class are named rightly, and how many there are.
+
+    Args:
+        answer: `[N]` classes.
+        target: `[N]` classes; rows with -1 do not count.
+        num_classes: K.
+
+    Returns:
+        Two `[K]` int64.
+
+    Example:
+        >>> by_class(torch.tensor([0, 1, 1]), torch.tensor([0, 0, -1]), 2)
+        (tensor([1, 0]), tensor([2, 0]))
+    """
+    known = target >= 0
+    right = target[known & (answer == target)]
+    return right.bincount(minlength=num_classes), target[known].bincount(minlength=num_classes)
+
+
 def calibration_error(confidence: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error over equal-width bins (Naeini et al. 2015).
 
