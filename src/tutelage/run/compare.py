@@ -19,8 +19,10 @@ from tutelage.run.assemble import task_of
 from tutelage.run.distill import Result, distill, rehearse, teacher_recipe
 from tutelage.run.objective import of_methods
 from tutelage.run.page import comparison_page
-from tutelage.run.recipe import Recipe, TaskSection, load
+from tutelage.run.recipe import Recipe, TaskSection, load, read_text
 from tutelage.train.runtime import Runtime
+
+COMPARISON = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,26 @@ class Compared:
             "differences": {arm: vars(pairs) for arm, pairs in found.pairs.items()},
             "measures": {name: one.plain() for name, one in self.measures.items()},
             "verdict": found.verdict.sentence,
+            "runs": {arm: {str(seed): path.name for seed, path in runs.items()} for arm, runs in self.runs.items()},
         }
+
+    @classmethod
+    def read(cls, folder: Path) -> "Compared":
+        """Return the comparison that a folder holds.
+
+        Raises:
+            UserError: if it holds none, or a damaged one.
+        """
+        file = folder / COMPARISON
+        try:
+            found = json.loads(read_text(file))
+            scores = {arm: {int(s): float(v) for s, v in runs.items()} for arm, runs in found["scores"].items()}
+            runs = {arm: {int(s): folder / name for s, name in runs.items()} for arm, runs in found["runs"].items()}
+            measures = {name: Measures(**one) for name, one in found["measures"].items()}
+            metric, baseline = Metric.of(found["metric"]), found["baseline"]
+            return cls(found["title"], Comparison(metric, scores, baseline, found["teacher"]), measures, runs, folder)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{file} is damaged ({error}); give the command of the comparison again") from error
 
 
 def compare(
@@ -129,7 +150,7 @@ def compare(
         {name: {seed: r.folder.path for seed, r in runs.items()} for name, runs in results.items()},
         folder,
     )
-    write_text(folder / "comparison.json", json.dumps(compared.plain(), indent=2) + "\n")
+    write_text(folder / COMPARISON, json.dumps(compared.plain(), indent=2) + "\n")
     comparison_page(compared, arms)
     return compared
 
