@@ -147,6 +147,40 @@ def test_a_loss_on_features_freezes_the_head_and_says_so() -> None:
     assert all(p.requires_grad for p in distiller.student.parameters())
 
 
+class Auxiliary(Small):
+    """A network with a second head that runs in training only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.aux = nn.Linear(4, CLASSES)
+
+    def forward(self, inputs: Tensor) -> Any:
+        features = self.body(inputs).mean((2, 3))
+        if self.training:
+            self.aux(features)
+        return self.head(features)
+
+
+def test_a_tap_may_exist_in_training_only() -> None:
+    objective = Objective(task=0.0, far=Distance("aux", "head"))
+    distiller = distill(objective, Auxiliary().eval()).train()
+    assert distiller.report.frozen == ("student.head.bias", "student.head.weight")
+    distiller(small_batch(), distiller.observe(small_batch())).total.backward()
+    assert all(p.grad is not None for p in distiller.parameters() if p.requires_grad)
+
+
+class Skipping(Small):
+    """A network that skips a layer at random in training."""
+
+    def body(self, inputs: Tensor) -> Tensor:
+        found: Tensor = self.act(self.bn(self.conv(inputs)))
+        return found if self.training and torch.rand(()) < 0.99 else self.mix(found)
+
+
+def test_a_layer_that_is_skipped_at_random_is_not_frozen() -> None:
+    assert distill(Objective(kd=KD()), Skipping()).report.frozen == ()
+
+
 def test_what_a_schedule_reaches_later_is_not_frozen() -> None:
     for weight in ({"linear": [0, 1]}, {"cosine": [1, 0]}):
         assert distill(Objective(task=weight, far=Distance("bn"))).report.frozen == ()
