@@ -170,6 +170,4 @@ class Model:
             raise UserError(self._lends_no(role)) from None
 
     def _lends_no(self, role: str) -> str:
-        return (
-            f"{type(self.module).__name__} lends no {role!r}; it lends: {', '.join(self.modules) or 'none'}"
-        )
+        return f"{type(self.module).__name__} lends no {role!r}; it lends: {', '.join(self.modules) or 'none'}"

@@ -57,9 +57,7 @@ class Tap:
         for word, valid in (("side", get_args(Side)), ("layout", get_args(Layout))):
             given = getattr(self, word)
             if given not in valid:
-                raise UserError(
-                    f"tap {self.where!r}: {word} {given!r} is not known{nearest(str(given), valid)}"
-                )
+                raise UserError(f"tap {self.where!r}: {word} {given!r} is not known{nearest(str(given), valid)}")
         if self.part is not None:
             which, count = self.part if len(self.part) == 2 else (-1, 0)
             if not 0 <= which < count:
@@ -80,9 +78,7 @@ class Tap:
             return cls(where, view=view or None)
         for word in value:
             if word not in cls.__dataclass_fields__:
-                raise UserError(
-                    f"unknown word {word!r} in a tap{nearest(str(word), cls.__dataclass_fields__)}"
-                )
+                raise UserError(f"unknown word {word!r} in a tap{nearest(str(word), cls.__dataclass_fields__)}")
         if "where" not in value:
             raise UserError("a tap needs `where`: a role or a module path")
         return cls(**value)
@@ -181,9 +177,7 @@ class Recorder:
         for tap in self.taps.values():
             if tap.where not in modules:
                 paths = filter(None, modules)
-                raise UserError(
-                    f"no module {tap.where!r} in {type(module).__name__}{nearest(tap.where, paths)}"
-                )
+                raise UserError(f"no module {tap.where!r} in {type(module).__name__}{nearest(tap.where, paths)}")
         self.handles: list[RemovableHandle] = []
         for name, tap in self.taps.items():
             place = modules[tap.where]
@@ -213,9 +207,7 @@ class Recorder:
             tap = self.taps[name]
             met = "no tensor" if tensor is None else type(tensor).__name__ + ", not a tensor,"
             at_key = "" if tap.key is None else f" at key {tap.key!r}"
-            raise UserError(
-                f"tap {name!r} met {met}{at_key} at the {tap.side} of {tap.where!r}: say which with `key`"
-            )
+            raise UserError(f"tap {name!r} met {met}{at_key} at the {tap.side} of {tap.where!r}: say which with `key`")
         if self.versions is not None:
             self.versions.setdefault(name, []).append(tensor._version)
         self.taken[name].append(tensor.clone() if name in self.cloned else tensor)
@@ -244,9 +236,7 @@ class Recorder:
                     "model was compiled before the Distiller was built; compile with distiller.compile()"
                 )
             if tap.call is None and len(seen) > 1:
-                raise UserError(
-                    f"tap {name!r} ({tap.where}) ran {len(seen)} times in a forward: say which with `call`"
-                )
+                raise UserError(f"tap {name!r} ({tap.where}) ran {len(seen)} times in a forward: say which with `call`")
             if tap.call is not None and tap.call >= len(seen):
                 raise UserError(f"tap {name!r} ran {len(seen)} times, there is no call {tap.call}")
             found[name] = _arrange(seen[tap.call or 0], tap)
