@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from tutelage.core import InputSpec, Model
+from tutelage.core import InputSpec, Model, TextSpec
 from tutelage.core.error import UserError, nearest
 from tutelage.core.rebuild import repeated
-from tutelage.models import run, weights
+from tutelage.models import language, run, weights
 from tutelage.models.adapt import adapt, blank
 from tutelage.models.source import Built, Wanted
 
@@ -27,6 +27,7 @@ def load(
     in_channels: int | None = None,
     image_size: tuple[int, int] | None = None,
     class_names: Sequence[str] = (),
+    text: TextSpec | None = None,
     seed: int | None = None,
 ) -> Model:
     """Return a model with its roles.
@@ -39,6 +40,7 @@ def load(
         in_channels: of the images, where the mapping does not say.
         image_size: (height, width) of the images.
         class_names: of the outputs, in order.
+        text: what a language model is to read, instead of classes and images.
         seed: of the initial weights; None draws them from torch's generator.
 
     Raises:
@@ -56,7 +58,9 @@ def load(
     if kind not in KINDS or not place:
         raise UserError(f"model {given['model']!r} is not known: write KIND:NAME{nearest(kind, KINDS)}")
     if kind == "run":
-        return _student(place, given, num_classes, image_size)
+        return _student(place, given, num_classes, image_size, text)
+    if text is not None:
+        return language.load(kind, place, given, text, seed)
     wanted = Wanted(
         place,
         given.get("num_classes", num_classes),
@@ -96,19 +100,24 @@ def rebuild(record: Mapping[str, Any], seed: int | None = None) -> Model:
     spec = {"model": record["model"]} if isinstance(record["model"], str) else dict(record["model"])
     if record.get("input") is not None:
         spec["input"] = record["input"]
-    size = record.get("image_size")
+    size, text = record.get("image_size"), record.get("text")
     return load(
         spec,
         num_classes=record.get("num_classes"),
         in_channels=record.get("in_channels"),
         image_size=(size[0], size[1]) if size else None,
         class_names=record.get("class_names", ()),
+        text=TextSpec(**text) if text else None,
         seed=seed,
     )
 
 
 def _student(
-    place: str, given: Mapping[str, Any], num_classes: int | None, size: tuple[int, int] | None
+    place: str,
+    given: Mapping[str, Any],
+    num_classes: int | None,
+    size: tuple[int, int] | None,
+    text: TextSpec | None,
 ) -> Model:
     """Return a run's student; the mapping may only say more of roles and input."""
     for word in given:
@@ -119,6 +128,10 @@ def _student(
     record, file = run.read(place)
     if num_classes is not None and record.get("num_classes") not in (None, num_classes):
         raise UserError(f"model 'run:{place}' has {record['num_classes']} classes, the data {num_classes}")
+    if num_classes is not None and record.get("text"):
+        raise UserError(f"model 'run:{place}' reads text, and the data is images")
+    if text is not None:
+        language.require_same(record.get("text"), text, f"run:{place}")
     if size is not None:
         record["image_size"] = size
     if "input" in given:
