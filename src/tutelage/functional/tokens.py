@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 #: Logits of one model that are compared at a time, unless said otherwise: 64 MB in float32.
 AT_ONCE = 2**24
 
-#: Two rows of logits `[N, V]` to one value a row `[N]`.
+#: Rows of logits `[N, V]` and of what they are compared with to one value a row `[N]`.
 Rows = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -28,9 +28,7 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     return values.where(mask, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-def over_tokens(
-    rows: Rows, student_logits: Tensor, teacher_logits: Tensor, mask: Tensor, *, chunk: int | None = None
-) -> Tensor:
+def over_tokens(rows: Rows, student_logits: Tensor, other: Tensor, mask: Tensor, *, chunk: int | None = None) -> Tensor:
     """Return a divergence of each token, 0 where the token does not count.
 
     Tokens are compared in chunks. What a chunk needs beside the logits is made again in the backward pass and
@@ -38,9 +36,9 @@ def over_tokens(
     stands in tokens that do not count reaches neither value nor gradient, infinities and nans included.
 
     Args:
-        rows: the divergence, `[N, V]` and `[N, V]` to `[N]`.
+        rows: the divergence, `[N, V]` and `[N, K]` to `[N]`.
         student_logits: `[..., V]`.
-        teacher_logits: `[..., V]`.
+        other: `[..., K]`: the teacher's logits, or whatever the student's are compared with.
         mask: `[...]` bool.
         chunk: tokens at a time; by default as many as hold `AT_ONCE` logits.
 
@@ -50,12 +48,13 @@ def over_tokens(
     vocabulary = student_logits.shape[-1]
     size = max(1, AT_ONCE // max(vocabulary, 1)) if chunk is None else chunk
 
-    def counted(student: Tensor, teacher: Tensor, kept: Tensor) -> Tensor:
+    def counted(student: Tensor, compared: Tensor, kept: Tensor) -> Tensor:
         left_out = ~kept[:, None]
-        return rows(student.masked_fill(left_out, 0.0), teacher.masked_fill(left_out, 0.0)).where(kept, 0.0)
+        return rows(student.masked_fill(left_out, 0), compared.masked_fill(left_out, 0)).where(kept, 0.0)
 
-    given = (student_logits.reshape(-1, vocabulary), teacher_logits.reshape(-1, vocabulary), mask.reshape(-1))
-    if len(given[2]) <= size:
+    flat = (tensor.reshape(-1, tensor.shape[-1]) for tensor in (student_logits, other))
+    given = (*flat, mask.reshape(-1))
+    if mask.numel() <= size:
         return counted(*given).view(mask.shape)
     parts = [
         checkpoint(counted, *part, use_reentrant=False, preserve_rng_state=False)
