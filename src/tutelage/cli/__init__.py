@@ -28,7 +28,8 @@ def verbs() -> list[str]:
 
 
 for _verb in verbs():
-    app.command(_verb)(getattr(import_module(f"tutelage.cli.{_verb}"), _verb))
+    _function = getattr(import_module(f"tutelage.cli.{_verb}"), _verb)
+    app.command(_verb, short_help=_function.__doc__.partition("\n")[0])(_function)
 
 
 def main(arguments: list[str] | None = None) -> None:
