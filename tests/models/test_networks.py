@@ -6,14 +6,17 @@ import torch
 from torch import nn
 
 from tutelage.core.error import UserError
-from tutelage.models.networks import mobilenet, shufflenet, vgg, wide_resnet
+from tutelage.models.networks import mobilenet, shufflenet, small_stem, vgg, wide_resnet
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     **wide_resnet.ARCHITECTURES,
     **vgg.ARCHITECTURES,
     **mobilenet.ARCHITECTURES,
     **shufflenet.ARCHITECTURES,
+    **small_stem.ARCHITECTURES,
 }
+
+LARGE = {"wrn_28_10", "resnet34_cifar", "resnet50_cifar", "resnet101_cifar", "resnet152_cifar"}
 
 # counted with 100 classes in the codes behind the CIFAR-100 tables
 PARAMETERS = {
@@ -25,6 +28,7 @@ PARAMETERS = {
     "mobilenetv2_half": 812_836,
     "shufflenetv1": 949_258,
     "shufflenetv2": 1_355_528,
+    "resnet50_cifar": 23_705_252,
 }
 
 
@@ -34,7 +38,7 @@ def test_the_networks_of_the_tables_have_their_parameters(name: str) -> None:
     assert sum(p.numel() for p in network.parameters()) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - {"wrn_28_10"}))
+@pytest.mark.parametrize("name", sorted(NETWORKS.keys() - LARGE))
 def test_every_network_takes_small_images_and_learns(name: str) -> None:
     torch.manual_seed(0)
     network = NETWORKS[name](num_classes=7, in_channels=1)
