@@ -343,6 +343,14 @@ def test_a_compiled_sibling_does_not_silence_the_hooks(first: dict[str, Any], se
             torch.testing.assert_close(value, expected[role])
 
 
+def test_as_many_models_as_one_likes_are_compiled() -> None:
+    for depth in range(1, 1 + torch._dynamo.config.recompile_limit + 1):
+        tapped = reader(nn.Sequential(nn.Flatten(), *(nn.Linear(108, 108) for _ in range(depth))), map="1")
+        expected = tapped.rehearse(small_batch())["map"]
+        tapped.compile(fullgraph=True, backend="eager")
+        torch.testing.assert_close(tapped(small_batch())["map"], expected)
+
+
 def test_a_sibling_compiled_by_the_user_is_missed_aloud() -> None:
     """The user compiles models himself: the hooks of the second are lost, and that is an error."""
     torch.compile(Small().eval(), backend="eager")(images())

@@ -2,8 +2,10 @@
 """One model read through its taps."""
 
 from collections.abc import Callable, Iterable, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 from tutelage.core.batch import Batch
@@ -62,10 +64,14 @@ class Reader:
         return signals
 
     def compile(self, **options: Any) -> None:
-        """Compile the forward; the hooks are part of the compiled frame."""
-        import torch
+        """Compile the forward; the hooks are part of the compiled frame.
 
-        self._forward = torch.compile(self._plain, **options)
+        The compiler gives up on a code object after eight different frames, and models, modes and batch sizes
+        all make their own: each reader brings a code object of its own.
+        """
+        plain = type(self)._plain
+        own = FunctionType(plain.__code__.replace(), plain.__globals__, plain.__name__, plain.__defaults__)
+        self._forward = torch.compile(MethodType(own, self), **options)
 
     def close(self) -> None:
         """Remove the hooks."""
