@@ -29,6 +29,7 @@ def model(**words: Any) -> Model:
         ("stages[-1].pre", Tap("bn", side="input")),
         ("classifier.weight", Tap("head", side="weight")),
         (Tap("stages[1]", key=1, call=2), Tap("mix", key=1, call=2)),
+        (Tap("map", part=(0, 2)), Tap("mix", part=(0, 2))),
         (Tap("conv", side="input", layout="nhwc"), Tap("conv", side="input", layout="nhwc")),
         ("", Tap("")),
     ],

@@ -119,7 +119,7 @@ class Model:
                     f"tap {tap}: the role {where!r} has its own side and layout; name a module path instead"
                 )
             place = self.roles[where]
-            own = {field: getattr(tap, field) for field in ("key", "call") if getattr(tap, field) is not None}
+            own = {word: getattr(tap, word) for word in ("key", "call", "part") if getattr(tap, word) is not None}
             return replace(place, **own)
         if where == "classifier.weight" and "classifier" in self.modules:
             return Tap(self.modules["classifier"], "weight")
