@@ -17,7 +17,7 @@ from torch import distributed
 R = TypeVar("R")
 
 #: Seconds after which a rank that hears nothing from the others gives up.
-PATIENCE = 20
+PATIENCE = 60
 
 
 def _serve(line: Connection, rank: int, size: int, meeting: str) -> None:
