@@ -21,6 +21,7 @@ class Comparison:
         scores: of each label by seed, in the order of showing.
         baseline: the label that the others are compared with.
         teacher: the teacher's own score, if there is one teacher for all.
+        published: what the papers print for each label, in the unit of the metric (a fraction for a percentage).
 
     Raises:
         UserError: if no scores carry the baseline's label.
@@ -30,6 +31,7 @@ class Comparison:
     scores: Mapping[str, Mapping[int, float]]
     baseline: str
     teacher: float | None = None
+    published: Mapping[str, float] = field(default_factory=dict)
     pairs: Mapping[str, Paired] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -61,7 +63,7 @@ class Comparison:
             score = self.metric.show(summary.mean, summary.deviation)
             rows.append((label, str(summary.n), score, *self._against(self.pairs.get(label))))
         unit = " (points)" if self.metric.percent else ""
-        columns = (
+        columns: tuple[str, ...] = (
             "method",
             "seeds",
             self.metric.head,
@@ -73,6 +75,9 @@ class Comparison:
             "Mean ± sample standard deviation over seeds, after the last step. Differences to "
             f"{self.baseline} are paired by seed, with their 95 % Student-t interval over seeds."
         )
+        if self.published:
+            columns = (*columns, "published")
+            rows = [(*row, self.metric.show(self.published.get(str(row[0])))) for row in rows]
         return Table(columns, rows, title=title, note=note)
 
     def _against(self, pairs: Paired | None) -> tuple[str | None, ...]:

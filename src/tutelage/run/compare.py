@@ -145,7 +145,13 @@ def compare(
     scores = {name: {seed: r.scores[metric.key] for seed, r in runs.items()} for name, runs in results.items()}
     compared = Compared(
         title,
-        Comparison(metric, scores, baseline=next(iter(results)), teacher=teacher_score),
+        Comparison(
+            metric,
+            scores,
+            baseline=next(iter(results)),
+            teacher=teacher_score,
+            published=published(next(iter(arms.values())), metric),
+        ),
         measures,
         {name: {seed: r.folder.path for seed, r in runs.items()} for name, runs in results.items()},
         folder,
@@ -153,6 +159,13 @@ def compare(
     write_text(folder / COMPARISON, json.dumps(compared.plain(), indent=2) + "\n")
     comparison_page(compared, arms)
     return compared
+
+
+def published(recipe: Recipe, metric: Metric) -> dict[str, float]:
+    """Return what the papers print of each arm, by name, from a recipe's `expected` section."""
+    scale = 0.01 if metric.percent else 1.0
+    found = {name: row.get(metric.key) for name, row in recipe.expected.items()}
+    return {name: scale * value for name, value in found.items() if isinstance(value, (int, float))}
 
 
 def arms_of(recipe: Recipe) -> dict[str, Recipe]:
