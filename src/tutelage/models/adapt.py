@@ -22,6 +22,7 @@ def adapt(
     prefix: int | None = None,
     classifier: str | None = None,
     stages: Sequence[str] = (),
+    channels_last: bool = False,
 ) -> Model:
     """Return a module as a Model with the roles that one forward shows.
 
@@ -35,6 +36,7 @@ def adapt(
         prefix: number of class and register tokens, if known.
         classifier: path of the layer that gives the logits, if known.
         stages: paths of the modules that end a stage, if known.
+        channels_last: of maps that are cubes, whose shape does not say.
 
     Raises:
         UserError: if a place is written with an unknown word.
@@ -48,7 +50,13 @@ def adapt(
     found = places.Roles()
     if sample_inputs is not None:
         found = places.find(
-            module, sample_inputs, call=call, prefix=prefix, classifier=classifier, stages=stages
+            module,
+            sample_inputs,
+            call=call,
+            prefix=prefix,
+            classifier=classifier,
+            stages=stages,
+            channels_last=channels_last,
         )
     given = {role: Tap.parse(place) for role, place in (roles or {}).items()}
     lent = {role: tap.where for role, tap in given.items() if role == "classifier" or role.endswith(".norm")}

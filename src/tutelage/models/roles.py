@@ -39,6 +39,7 @@ def find(
     prefix: int | None = None,
     classifier: str | None = None,
     stages: Sequence[str] = (),
+    channels_last: bool = False,
 ) -> Roles:
     """Return the roles of an image classifier, from one forward in evaluation mode without gradient.
 
@@ -60,6 +61,7 @@ def find(
         prefix: number of class and register tokens, if known; else the count that makes the rest a square.
         classifier: path of the layer that gives the logits, if known.
         stages: paths of the modules that end a stage, if known.
+        channels_last: of maps that are cubes, whose shape does not say.
     """
     root, output = trace(module, lambda: call(module, images) if call else module(images))
     logits = logits_of(output)
@@ -73,7 +75,7 @@ def find(
             taps["pooled"] = Tap(head.path, "input")
     taps |= _tokens(root, before, prefix)
     if "tokens" not in taps and images.ndim == 4:
-        taps |= _maps(root, images, before, stages)
+        taps |= _maps(root, images, before, stages, _channels_last_calls(root, channels_last))
     return Roles(taps, {**modules, **_norms(root, taps)})
 
 
@@ -104,9 +106,7 @@ def _classifier(root: Call, logits: Tensor | None) -> Call | None:
         if not call.path or given is None or call.inner:
             continue
         linear = isinstance(part, nn.Linear) and given.ndim == 2 and given.shape[-1] == logits.shape[1]
-        pointwise = (
-            isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and given.shape[1] == logits.shape[1]
-        )
+        pointwise = isinstance(part, nn.Conv2d) and part.kernel_size == (1, 1) and given.shape[1] == logits.shape[1]
         if linear or pointwise:
             found = call
     return found
@@ -138,9 +138,10 @@ def _is_map(tensor: Tensor | None) -> bool:
     return tensor is not None and tensor.ndim == 4
 
 
-def _maps(root: Call, image: Tensor, calls: list[Call], stages: Sequence[str]) -> dict[str, Tap]:
-    last, before = _channels_last_calls(root), set(map(id, calls))
-    units = [unit for unit in _chain(root, image, last) if id(unit.call) in before]
+def _maps(root: Call, image: Tensor, calls: list[Call], stages: Sequence[str], last: set[int]) -> dict[str, Tap]:
+    before = set(map(id, calls))
+    chain = [unit for inner in root.inner for unit in _chain(inner, image, last)]
+    units = [unit for unit in chain if id(unit.call) in before]
     # an identity adds no name, and a pooling that keeps the size no knowledge
     units = [unit for unit in units if not _adds_nothing(unit.call)]
     units = [unit for unit in units if math.prod(unit.size) > 1] or units[-1:]
@@ -190,11 +191,12 @@ def _is_block(call: Call) -> bool:
     return any(isinstance(inner.module, (nn.Conv2d, nn.Linear)) for inner in call.walk() if inner is not call)
 
 
-def _channels_last_calls(root: Call) -> set[int]:
+def _channels_last_calls(root: Call, known: bool) -> set[int]:
     """Return the ids of maps whose channels are last: what layers over the last dimension take or give."""
     found: set[int] = set()
     for call in root.walk():
         over_last = isinstance(call.module, nn.Linear) or type(call.module) is nn.LayerNorm
+        over_last |= known and call is not root and not isinstance(call.module, nn.Conv2d)
         if over_last:
             found |= {id(tensor) for tensor in (call.taken, call.given) if _is_map(tensor)}
     return found
@@ -281,25 +283,17 @@ def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]
         return {}
     shape = blocks[0].given.shape  # type: ignore[union-attr]
     if prefix is None:
-        prefix = next(
-            (count for count in range(8) if math.isqrt(shape[1] - count) ** 2 == shape[1] - count), 0
-        )
+        prefix = next((count for count in range(8) if math.isqrt(shape[1] - count) ** 2 == shape[1] - count), 0)
     taps: dict[str, Tap] = {}
     for number, block in enumerate(blocks):
         taps[f"blocks[{number}]"] = Tap(block.path, layout="tokens", prefix=prefix)
         if prefix:
             taps[f"cls[{number}]"] = Tap(block.path, layout="cls")
     after = calls[calls.index(blocks[-1]) + 1 :]
-    norms = [
-        c
-        for c in after
-        if "Norm" in type(c.module).__name__ and c.given is not None and c.given.shape == shape
-    ]
+    norms = [c for c in after if "Norm" in type(c.module).__name__ and c.given is not None and c.given.shape == shape]
     taps["tokens"] = Tap((norms or blocks[-1:])[0].path, layout="tokens", prefix=prefix)
     early = calls[: calls.index(next(blocks[0].walk()))]
-    embeddings = [
-        c for c in early if c.given is not None and c.given.ndim == 3 and c.given.shape[-1] == shape[-1]
-    ]
+    embeddings = [c for c in early if c.given is not None and c.given.ndim == 3 and c.given.shape[-1] == shape[-1]]
     full = [c for c in embeddings if c.given is not None and c.given.shape[1] == shape[1] - prefix]
     if full:
         taps["patch_embed[0]"] = Tap(full[0].path, layout="tokens")

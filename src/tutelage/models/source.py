@@ -42,6 +42,7 @@ class Built:
         prefix: number of class and register tokens.
         classifier: path of the layer that gives the logits.
         stages: paths of the modules that end a stage, in the library's own words.
+        channels_last: of its maps.
         call: how it is called.
         class_names: of its outputs.
     """
@@ -52,6 +53,7 @@ class Built:
     prefix: int | None = None
     classifier: str | None = None
     stages: Sequence[str] = ()
+    channels_last: bool = False
     call: Callable[[nn.Module, Any], Any] | None = None
     class_names: tuple[str, ...] = ()
 

@@ -37,9 +37,7 @@ def build(wanted: Wanted) -> Built:
     except (TypeError, RuntimeError, ValueError, AssertionError) as error:
         raise UserError(f"timm:{name}: {error}") from error
     except OSError as error:
-        raise UserError(
-            f"timm:{name}: its weights cannot be had ({error}); give a file as `weights`"
-        ) from error
+        raise UserError(f"timm:{name}: its weights cannot be had ({error}); give a file as `weights`") from error
     return describe(module, wanted.in_channels)
 
 
@@ -59,12 +57,14 @@ def describe(module: nn.Module, in_channels: int | None = None) -> Built:
         prefix=getattr(module, "num_prefix_tokens", None),
         classifier=classifier[0] if isinstance(classifier, (tuple, list)) else classifier,
         stages=_stages(module),
+        channels_last=str(getattr(module, "output_fmt", "")).endswith("NHWC"),
     )
 
 
 def _grid(module: nn.Module) -> tuple[int, int] | None:
     """Return the image size a patch embedding was built for."""
-    size = getattr(getattr(module, "patch_embed", None), "img_size", None)
+    sizes = (getattr(part, "img_size", None) for part in module.modules())
+    size = next((found for found in sizes if isinstance(found, (tuple, list))), None)
     return (int(size[0]), int(size[1])) if size else None
 
 

@@ -39,9 +39,7 @@ def build(wanted: Wanted) -> Built:
     except (TypeError, ValueError) as error:
         raise UserError(f"torchvision:{name}: {error}") from error
     except OSError as error:
-        raise UserError(
-            f"torchvision:{name}: its weights cannot be had ({error}); give a file as `weights`"
-        ) from error
+        raise UserError(f"torchvision:{name}: its weights cannot be had ({error}); give a file as `weights`") from error
     seen = weights.transforms()
     native = (options.get("image_size", seen.crop_size[0]),) * 2
     pixels = InputSpec(native if hasattr(module, "image_size") else None, tuple(seen.mean), tuple(seen.std))

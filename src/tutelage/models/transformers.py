@@ -53,9 +53,7 @@ def build(wanted: Wanted) -> Built:
             config = known or AutoConfig.for_model(name, **options)
             kinds = KINDS.get(config.model_type)
             if isinstance(kinds, tuple) and not config.architectures:
-                config.architectures = [
-                    kinds[0]
-                ]  # of several classes of one type, the first is the plain one
+                config.architectures = [kinds[0]]  # of several classes of one type, the first is the plain one
             module = AutoModelForImageClassification.from_config(config)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"hf:{name}: {str(error).splitlines()[0]}") from error
