@@ -195,13 +195,10 @@ class Erase:
     def __call__(self, images: Tensor, view: Tensor) -> Tensor:
         """Return the images, some with a rectangle painted over."""
         top, left, height, width = (
-            side[:, None]
-            for side in random_rectangles(images, view, self.scale, self.ratio, fallback=False).T
+            side[:, None] for side in random_rectangles(images, view, self.scale, self.ratio, fallback=False).T
         )
         y, x = torch.arange(images.shape[-2]), torch.arange(images.shape[-1])
-        inside = ((y >= top) & (y < top + height))[:, None, :, None] & ((x >= left) & (x < left + width))[
-            :, None, None
-        ]
+        inside = ((y >= top) & (y < top + height))[:, None, :, None] & ((x >= left) & (x < left + width))[:, None, None]
         inside &= (uniform(1, view) < self.probability)[:, None, None, None]
         value = round(self.value * 255) if images.dtype == torch.uint8 else self.value
         return images.masked_fill(inside, value)
@@ -401,9 +398,7 @@ def _listed(found: Any) -> list[tuple[str, Any]]:
     if isinstance(found, str) and found in PRESETS:
         found = PRESETS[found]
     if not isinstance(found, (list, tuple)):
-        raise UserError(
-            f"augment: {found!r} is neither a list of steps nor a preset{nearest(str(found), PRESETS)}"
-        )
+        raise UserError(f"augment: {found!r} is neither a list of steps nor a preset{nearest(str(found), PRESETS)}")
     named = []
     for step in found:
         if isinstance(step, Mapping) and len(step) == 1:

@@ -82,9 +82,7 @@ def cifar(root: str | Path, edition: str) -> tuple[Arrays, Arrays]:
         if (place / one.train[0]).is_file():
             return _pickled(place, one.train, one, edition), _pickled(place, one.test, one, edition)
         if (place / one.binary_train[0]).is_file():
-            return _binary(place, one.binary_train, one, edition), _binary(
-                place, one.binary_test, one, edition
-            )
+            return _binary(place, one.binary_train, one, edition), _binary(place, one.binary_test, one, edition)
     raise UserError(
         f"{base} holds no {edition}: expected {one.train[0]} (Python version) or {one.binary_train[0]} "
         f"(binary version), there or in {one.folders[0]}"
@@ -165,9 +163,7 @@ def read_pickle(file: Path) -> dict[bytes, Any]:
     try:
         found = _Plain(io.BytesIO(file.read_bytes()), encoding="bytes").load()
     except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{file} is no plain table of arrays ({error}): refused, it could run code"
-        ) from error
+        raise UserError(f"{file} is no plain table of arrays ({error}): refused, it could run code") from error
     except (EOFError, IndexError, ValueError, KeyError, AttributeError, ImportError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error!r})") from error
     if not isinstance(found, dict):

@@ -117,9 +117,7 @@ def _open(make: Any, taken: Any, spellings: Any, root: str | Path, download: boo
         targets = _targets(pairs, name)
         words_of = getattr(pairs, "classes", None) or class_words(range(int(targets.max()) + 1))
         plain = tuple(word[0] if isinstance(word, tuple) else str(word) for word in words_of)
-        return Pairs(
-            pairs, torch.arange(len(targets)), targets, plain, f"{name}({next(iter(words.values()))})"
-        )
+        return Pairs(pairs, torch.arange(len(targets)), targets, plain, f"{name}({next(iter(words.values()))})")
     return None
 
 
