@@ -39,6 +39,8 @@ def test_a_teacher_is_frozen_and_answers_without_gradient() -> None:
     assert not any(tap.requires_grad for tap in signals.taps.values())
     torch.testing.assert_close(signals["map"], network.body(images()))
     (signals.logits * torch.ones((), requires_grad=True)).sum().backward()  # may be saved for backward
+    network.requires_grad_(True)
+    assert not answer(teacher).logits.requires_grad
 
 
 @pytest.mark.parametrize("disturb", [None, nn.Module.train, nn.Module.eval])
