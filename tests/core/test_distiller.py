@@ -379,15 +379,15 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     "a name with @": ({"teacher": {"a@b": seeded(1)}}, "source 'a@b': a name has neither '@' nor '.'"),
     "a path that leads nowhere": (
         {"objective": Objective(far=Distance("bm"))},
-        "no module or role 'bm' in Small; valid: act, bn, conv, drop, head, mix",
+        "student (objective: far): no module or role 'bm' in Small; valid: act, bn, conv, drop, head, mix",
     ),
     "a module that runs twice": (
         {"objective": Objective(far=Distance("layer")), "student": Twice(), "teacher": Twice()},
-        "tap 'layer' (layer) ran 2 times in a forward: say which with `call`",
+        "teacher (objective: far): tap 'layer' (layer) ran 2 times in a forward: say which with `call`",
     ),
     "a role of a model without roles": (
         {"objective": Objective(far=Distance("map"))},
-        "Small has no role 'map'; its roles: none (build it with tutelage.models.load or adapt, or name a module path)",
+        "student (objective: far): Small has no role 'map'; its roles: none (build it with tutelage.models.load or adapt, or name a module path)",
     ),
 }
 

@@ -129,18 +129,21 @@ class Distiller(nn.Module):
         device = next(self.student.parameters()).device
         sample = sample.to(device)
         for name, model in self.models.items():
-            self.readers[name] = Reader(model, taps[name], self.task)
+            with self._reading(name):
+                self.readers[name] = Reader(model, taps[name], self.task)
         with self._untouched():
             self.train()
-            signals = {
-                name: self.teachers[name].plan(taps[name], borrows[name], self.task, sample) for name in self.teachers
-            }
+            signals = {}
+            for name in self.teachers:
+                with self._reading(name):
+                    signals[name] = self.teachers[name].plan(taps[name], borrows[name], self.task, sample)
             for source in self._sources():
                 name, _, view = source.partition("@")
                 seen = sample.seen_as(view) if view else sample
                 if name in self.readers:
                     try:
-                        signals[source] = self.readers[name].rehearse(seen)
+                        with self._reading(name):
+                            signals[source] = self.readers[name].rehearse(seen)
                     except ValueError as error:
                         raise _explained(error, sample) from error
                 elif view:
@@ -154,6 +157,22 @@ class Distiller(nn.Module):
         }
         overwritten = tuple(f"{n}.{tap}" for n, reader in self.readers.items() for tap in reader.overwritten)
         return Build(shapes, overwritten, self._freeze_unreached(sample, signals))
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[None]:
+        """Say of a mistake which model it is about, and which terms read there."""
+        try:
+            yield
+        except UserError as error:
+            said, places = str(error), {}
+            for label, entry in self.objective.entries.items():
+                sides = ((entry.student, entry.term.reads.student), (entry.teacher, entry.term.reads.teacher))
+                places[label] = [
+                    tap.where for source, taps in sides if source.partition("@")[0] == name for tap in taps
+                ]
+            named = [label for label, found in places.items() if any(repr(where) in said for where in found)]
+            labels = ", ".join(named or [label for label, found in places.items() if found])
+            raise UserError(f"{name}{f' (objective: {labels})' if labels else ''}: {said}") from error
 
     def _sources(self) -> list[str]:
         """Every source that is read, students first; views after the sources they belong to."""
