@@ -175,17 +175,19 @@ class Loop:
 
     def _require_finite(self) -> None:
         firsts = {name: int(value) for name, value in self.broken.items()}
-        bad = [(step, name == NORM, name) for name, step in firsts.items() if step != NEVER]
+        bad = {name: step for name, step in firsts.items() if step != NEVER}
         if bad:
-            step, _, name = min(bad)  # a loss before the norm that it spoils
-            raise self._diverged(f"the {name}", step)
+            step = min(bad.values())
+            names = [name for name in bad if bad[name] == step]
+            losses = [name for name in names if name != NORM]  # a loss spoils the norm, not the other way round
+            raise self._diverged(f"the {' and the '.join(losses or names)}", step)
 
     def _diverged(self, what: str, step: int) -> DivergedError:
         newest = self.shelf.newest if self.shelf else None
         kept = f"; the last finite checkpoint is {newest}" if newest else ""
         return DivergedError(
-            f"{what} is not finite at step {step}: lower optimizer.lr, clip gradients (train.clip), or lower "
-            f"the weight of the term{kept}"
+            f"{what} {'are' if ' and ' in what else 'is'} not finite at step {step}: lower optimizer.lr, clip "
+            f"gradients (train.clip), or lower the weight of the term{kept}"
         )
 
     def _finite_state(self) -> dict[str, Any]:
