@@ -387,8 +387,10 @@ MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a role of a model without roles": (
         {"objective": Objective(far=Distance("map"))},
-        "student (objective: far): Small has no role 'map'; its roles: none (build it with tutelage.models.load or "
-        "adapt, or name a module path)",
+        (
+            "student (objective: far): Small has no role 'map'; its roles: none (build it with tutelage.models.load "
+            "or adapt, or name a module path)"
+        ),
     ),
 }
 
