@@ -234,6 +234,9 @@ def learns(method: Method) -> None:
         student, teacher = case.tensors()
         stranger = case.tensors(seed=1)[1]
         draws = case.draws(term, student, teacher, batch, step=1000)
+        for _ in range(10):  # a memory is filled first: what it starts with is chance
+            if kept := case.outcome(term, student, teacher, batch, draws).kept:
+                term.commit(kept)
 
         def value(side: Tensors | None, term: Term = term, draws: Any = draws) -> float:
             with torch.no_grad():
@@ -245,8 +248,11 @@ def learns(method: Method) -> None:
         for step in range(20):
             optimizer.zero_grad()
             now = case.draws(term, student, teacher, batch, step)
-            case.loss(term, student, teacher, batch, now).backward()
+            outcome = case.outcome(term, student, teacher, batch, now)
+            torch.stack(list(outcome.parts.values())).sum().backward()
             optimizer.step()
+            if outcome.kept:
+                term.commit(outcome.kept)
         last = value(teacher)
         assert last < first, f"the term rose from {first} to {last}"
         if alike(student, teacher) and not list(term.parameters()):
