@@ -133,6 +133,11 @@ def folder(
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
 
 
+def own_splits(root: str | Path) -> list[str]:
+    """Return the splits that have a folder of their own below a folder; the others are held out."""
+    return [split for split, names in SPLITS.items() if _first(Path(root), names) is not None]
+
+
 def unlabelled(root: str | Path, class_names: Sequence[str], channels: int = 3) -> Files:
     """Return all images below a folder, without labels.
 
@@ -188,15 +193,11 @@ def _first(base: Path, names: Iterable[str]) -> Path | None:
 
 def _share(train: Files, share: float, base: Path) -> int:
     if not 0 < share < 1:
-        raise UserError(
-            f"{base} has no validation images, and data.validation_share is {share}: it must lie in (0, 1)"
-        )
+        raise UserError(f"{base} has no validation images, and data.validation_share is {share}: it must lie in (0, 1)")
     sizes = train.targets.bincount(minlength=len(train.class_names))
     if int(sizes.min()) < 2:
         name = train.class_names[int(sizes.argmin())]
-        raise UserError(
-            f"class {name!r} has a single image: none is left for validation; add some, or a folder val"
-        )
+        raise UserError(f"class {name!r} has a single image: none is left for validation; add some, or a folder val")
     return max(round(share * len(train)), len(train.class_names))
 
 

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, final
 
 import torch
+from torch import Tensor
 
 from tutelage.core import Batch, Facts
 from tutelage.core.error import UserError, nearest
 from tutelage.data import augment
-from tutelage.data.loader import Loader
+from tutelage.data.loader import UNREADABLE, Loader
 from tutelage.data.mix import Mix
-from tutelage.data.samples import Composed, Joined, Samples, stratified, without
+from tutelage.data.samples import Composed, Held, Joined, Samples, stratified, without
 
 #: Seed of a validation split the source does not make: apart from any run's.
 SPLIT_SEED = 11
@@ -31,11 +32,13 @@ class Splits:
         train: shuffled and augmented.
         validation: in order, as they are.
         test: the same, or None.
+        held_out: the validation samples are a share of the training samples of the source.
     """
 
     train: Loader
     validation: Loader
     test: Loader | None = None
+    held_out: bool = False
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -49,8 +52,24 @@ class Splits:
 
     def sample(self, size: int = 2) -> Batch:
         """Return a small batch for a dry run: the first training samples as they are seen in evaluation."""
-        samples = self.train.samples.keep(torch.arange(min(size, len(self.train.samples))))
+        samples = self.train.samples.keep(self._first(size))
         return next(Loader(samples, size, train=False, transform=self.validation.transform).epoch())
+
+    def _first(self, size: int) -> Tensor:
+        """Return the ids of the first samples; where unreadable ones are skipped, of those that can be read."""
+        samples = self.train.samples
+        if self.train.on_error == "raise" or isinstance(samples, Held):
+            return torch.arange(min(size, len(samples)))
+        found: list[int] = []
+        for index in range(len(samples)):
+            try:
+                samples.read(index)
+            except UNREADABLE:
+                continue
+            found.append(index)
+            if len(found) == size:
+                break
+        return torch.tensor(found, dtype=torch.long)
 
     def model_facts(self) -> dict[str, Any]:
         """Return what a model must know of the data, as keywords of `tutelage.models.load.load`."""
@@ -254,7 +273,9 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
         (50, 10)
     """
     section = Spec.parse(spec)
-    sets = _read(section)
+    sets, apart = _read(section)
+    for samples in sets.values():
+        _require_classes(samples)
     train = _fewer_labels(sets["train"], section)
     if section.unlabelled is not None:
         train = _with_unlabelled(train, section)
@@ -282,10 +303,11 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
         world_size=world_size,
         **alike,
     )
-    return Splits(loader, held_out["validation"], held_out.get("test"))
+    return Splits(loader, held_out["validation"], held_out.get("test"), apart)
 
 
-def _read(spec: Spec) -> Sets:
+def _read(spec: Spec) -> tuple[Sets, bool]:
+    """Return the sets of a source, and whether its validation samples were held out of the training samples."""
     kind, _, place = spec.source.partition(":")
     if kind not in SOURCES:
         looks_like_path = "/" in spec.source or Path(spec.source).exists() or spec.source.startswith(".")
@@ -295,6 +317,11 @@ def _read(spec: Spec) -> Sets:
     elif kind not in EMBEDDED and not place:
         raise UserError(f"data.source: write {kind}:{'NAME' if kind in ('torchvision', 'hf') else 'PATH'}")
     sets = SOURCES[kind](place, spec)
+    apart = "validation" not in sets
+    if kind == "folder":
+        from tutelage.data.folder import own_splits
+
+        apart = not {"validation", "test"} & set(own_splits(place))
     if "validation" not in sets:
         train = sets["train"]
         if not 0 < spec.validation_share < 1:
@@ -309,7 +336,25 @@ def _read(spec: Spec) -> Sets:
             "train": train.keep(without(len(train), held_out)),
             "validation": train.keep(held_out),
         }
-    return sets
+    return sets, apart
+
+
+def _require_classes(samples: Samples) -> None:
+    """Refuse a class that no name stands for, naming the first sample.
+
+    Raises:
+        UserError: if a target is neither -1 nor a class.
+    """
+    if isinstance(samples, Composed):
+        return
+    count = len(samples.class_names)
+    wrong = ((samples.targets < -1) | (samples.targets >= count)).nonzero().flatten().tolist()
+    if wrong:
+        label = int(samples.targets[wrong[0]])
+        raise UserError(
+            f"{samples.name(wrong[0])}: class {label} is out of range: the {count} classes are 0 to {count - 1}, "
+            f"and -1 stands for no label{f'; {len(wrong)} samples are wrong' if len(wrong) > 1 else ''}"
+        )
 
 
 def _mixing(spec: Spec, num_classes: int) -> Mix | None:

@@ -21,6 +21,8 @@ Transform = Callable[[Tensor, Tensor], Tensor]
 #: A batch and the key of the choice to a batch.
 Mixing = Callable[[Batch, int], Batch]
 
+#: What reading a sample may raise; Pillow raises SyntaxError on a broken PNG.
+UNREADABLE = (OSError, ValueError, SyntaxError)
 ORDER, LABELLED, VIEW, MIX, PLACE = 1, 2, 3, 4, 5  # salts: what a random choice is about
 
 
@@ -247,7 +249,7 @@ class Loader:
         for row, index in enumerate(ids.tolist()):
             try:
                 image = self.samples.read(index)[None]
-            except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError on a broken PNG
+            except UNREADABLE as error:
                 failures[index] = str(error) or type(error).__name__
                 continue
             key = view[row : row + 1]

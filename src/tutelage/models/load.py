@@ -17,7 +17,7 @@ from tutelage.models.source import Built, Wanted
 #: Kinds of models.
 KINDS = ("hf", "python", "run", "timm", "torchvision", "tutelage")
 #: Words of a mapping that are not the constructor's.
-WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names")
+WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names", "head")
 
 
 def load(
@@ -35,7 +35,8 @@ def load(
     Args:
         spec: `tutelage:NAME`, `timm:NAME`, `torchvision:NAME`, `hf:NAME_OR_PATH`, `python:FILE.py:FUNCTION`
             or `run:FOLDER`; or a mapping with `model`, `weights` (null, `pretrained` or a file), `roles`
-            (places by role), `input` (size, mean, std, channels, bgr) and options of the constructor.
+            (places by role), `input` (size, mean, std, channels, bgr), `head: fresh` (weights of a file for
+            another number of classes: the last layer starts anew) and options of the constructor.
         num_classes: K, where the mapping does not say; None is the constructor's default.
         in_channels: of the images, where the mapping does not say.
         image_size: (height, width) of the images.
@@ -54,6 +55,8 @@ def load(
     given: dict[str, Any] = {"model": spec} if isinstance(spec, str) else dict(spec)
     if "model" not in given:
         raise UserError(f"a model needs the word `model`: {', '.join(f'{kind}:...' for kind in KINDS)}")
+    if given.get("head", "fresh") != "fresh":
+        raise UserError(f"model {given['model']!r}: head {given['head']!r} is not known; valid: fresh")
     kind, _, place = str(given["model"]).partition(":")
     if kind not in KINDS or not place:
         raise UserError(f"model {given['model']!r} is not known: write KIND:NAME{nearest(kind, KINDS)}")
@@ -72,18 +75,23 @@ def load(
     built = _build(kind, wanted, seed)
     file = given.get("weights")
     if file is not None and not wanted.pretrained:
-        weights.fit(built.module, weights.read(file), file)
+        weights.fit(
+            built.module,
+            weights.read(file),
+            file,
+            num_classes=wanted.num_classes,
+            fresh_head=given.get("head") == "fresh",
+        )
     built = replace(built, input=_pixels(built.input, given.get("input")))
     names = wanted.class_names or built.class_names
     model = _adapted(built, given, wanted, image_size)
     model.class_names = names
     model.source = {
-        "model": {
-            word: value for word, value in given.items() if word in ("model", "roles", *wanted.options)
-        },
+        "model": {word: value for word, value in given.items() if word in ("model", "roles", *wanted.options)},
         "num_classes": wanted.num_classes,
         "in_channels": wanted.in_channels,
         "image_size": image_size,
+        "native_size": list(built.size),
         "class_names": list(names),
         "input": asdict(built.input) if built.input is not None else None,
     }
@@ -167,9 +175,7 @@ def _build(kind: str, wanted: Wanted, seed: int | None) -> Built:
         return _source(kind)(wanted)
 
 
-def _adapted(
-    built: Built, given: Mapping[str, Any], wanted: Wanted, image_size: tuple[int, int] | None
-) -> Model:
+def _adapted(built: Built, given: Mapping[str, Any], wanted: Wanted, image_size: tuple[int, int] | None) -> Model:
     """Look for roles on images of the model's own size, else on the data's."""
     pixels = built.input or InputSpec(channels=wanted.in_channels or 3)
     sizes = dict.fromkeys([built.size, *([image_size] if image_size else []), (32, 32)])
@@ -185,13 +191,14 @@ def _adapted(
                 prefix=built.prefix,
                 classifier=built.classifier,
                 stages=built.stages,
+                channels_last=built.channels_last,
             )
         except UserError:
             raise
         except (RuntimeError, ValueError, AssertionError) as error:
             first = first or error
     tried = ", ".join(f"{height}x{width}" for height, width in sizes)
-    what = str(first).splitlines()[0]
+    what = str(first).splitlines()[0].rstrip(".")
     raise UserError(
         f"model {given['model']!r} does not run on images of {tried} pixels with {pixels.channels} channels "
         f"({what}); say what it takes with `input: {{size: [H, W], channels: C}}`"
