@@ -85,5 +85,4 @@ def checked_text(found: Any) -> None:
         screen.print(f"{heading}: {', '.join(names)}")
     for said in found.remarks:
         screen.print(f"look: {said}")
-    memory = f", {found.memory / 2**30:.1f} GiB on the device" if found.memory else ""
-    screen.print(f"{found.steps} steps, about {found.seconds / 60:.1f} minutes{memory}")
+    screen.print(found.forecast)

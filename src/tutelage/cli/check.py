@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`tutelage check`: two steps of a run before it."""
 
-from tutelage.cli._show import Json, Sets, checked_text, document
-from tutelage.cli.distill import Data, Method, Named, Student, Teacher
+from tutelage.cli._show import Json, Sets, checked_text, document, remark
+from tutelage.cli.distill import Data, Fit, Method, Named, Student, Teacher
 
 
 def check(
@@ -11,17 +11,24 @@ def check(
     student: Student = None,
     data: Data = None,
     method: Method = None,
+    fit_teacher: Fit = None,
     sets: Sets = [],  # noqa: B006  (typer reads the default)
     as_json: Json = False,
 ) -> None:
     """Try a run: which layers meet, how strong each loss is, the teacher's score, the time it will take."""
     from tutelage.run.quick import asked
 
-    chosen, _ = asked(recipe, student=student, data=data, teacher=teacher, method=method, sets=sets)
+    chosen, _ = asked(
+        recipe, student=student, data=data, teacher=teacher, method=method, sets=sets, fit_teacher=fit_teacher
+    )
     from tutelage.run.assemble import assemble
     from tutelage.run.check import check as run
+    from tutelage.run.resolve import resolve
+    from tutelage.run.share import settle_shares
 
-    found = run(assemble(chosen))
+    made = assemble(resolve(chosen, remark))
+    settle_shares(made)
+    found = run(made)
     if as_json:
         document(found.plain())
     else:

@@ -13,6 +13,14 @@ Student = Annotated[str | None, typer.Option(help="The model that learns, e.g. t
 Teacher = Annotated[str | None, typer.Option(help="The model that knows, e.g. timm:resnet34.")]
 Method = Annotated[str | None, typer.Option(help="Methods joined with +, e.g. kd+mgd.")]
 Data = Annotated[str | None, typer.Option(help="Where the samples are: a folder, digits, cifar100:PATH, ...")]
+Fit = Annotated[
+    bool | None,
+    typer.Option(
+        "--fit-teacher/--no-fit-teacher",
+        help="Fit a teacher that has no weights, or knows other classes, to the data first; or refuse it.",
+        show_default="fit, unless a recipe says otherwise",
+    ),
+]
 Out = Annotated[Path | None, typer.Option(help="Folder of the run; runs/NAME by default.")]
 Named = Annotated[str | None, typer.Argument(help="A recipe: a YAML file or the name of a shipped one.")]
 
@@ -23,6 +31,7 @@ def distill(
     student: Student = None,
     data: Data = None,
     method: Method = None,
+    fit_teacher: Fit = None,
     out: Out = None,
     sets: Sets = [],  # noqa: B006  (typer reads the default)
     quiet: Quiet = False,
@@ -36,7 +45,9 @@ def distill(
 
     if recipe is None and student is not None and teacher is None and method is None:
         raise UserError("give a --teacher, or a --method that needs none; tutelage train is for a student alone")
-    chosen, name = asked(recipe, student=student, data=data, teacher=teacher, method=method, sets=sets)
+    chosen, name = asked(
+        recipe, student=student, data=data, teacher=teacher, method=method, sets=sets, fit_teacher=fit_teacher
+    )
     if chosen.compare is not None:
         raise UserError(f"{recipe} is not one run, but arms over seeds: give it to tutelage compare")
     from tutelage.run.distill import distill as run

@@ -16,6 +16,7 @@ from tutelage.core.error import UserError, nearest
 from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.functional.noise import mix
+from tutelage.models.known import trained_classes, untrained
 from tutelage.models.load import load as load_model
 from tutelage.run.objective import build as build_objective
 from tutelage.run.objective import feeders_of, rebuilds_of
@@ -133,14 +134,41 @@ def teacher_of(recipe: Recipe, data: Splits, weights: Path | None) -> Teacher | 
     section = recipe.teacher
     if section is None:
         return None
+    facts = data.model_facts()
     chosen = str(weights) if weights else section.weights
-    model = _model({"model": section.model, "weights": chosen, **section.options}, data)
+    spec = {"model": section.model, "weights": chosen, **section.options}
+    if weights is None:
+        _require_classes(recipe, spec, data)
+        if "class_names" in facts:
+            facts["class_names"] = ()  # its own names, if it has any, are held against the data's
+    model = load_model(spec, **facts)
     if model.class_names and data.class_names and tuple(model.class_names) != tuple(data.class_names):
         raise UserError(
             f"the teacher's classes ({_few(model.class_names)}) are not the data's "
             f"({_few(data.class_names)}), or lie in another order"
         )
     return Live(model, section.mode)
+
+
+def _require_classes(recipe: Recipe, spec: Mapping[str, Any], data: Splits) -> None:
+    """Refuse a teacher whose own weights answer for other classes, where its answers are read.
+
+    Raises:
+        UserError: naming both numbers.
+    """
+    assert recipe.teacher is not None
+    of_library = spec["weights"] == "pretrained" or (spec["weights"] is None and spec["model"].startswith("hf:"))
+    if not of_library or recipe.teacher.fit is not None or not data.num_classes:
+        return
+    entries = build_objective(recipe.objective).entries.values()
+    read = {tap.where for entry in entries for tap in entry.term.reads.teacher}
+    read |= {role for entry in entries for role in entry.term.reads.borrows}
+    known = None if untrained(spec) else trained_classes(spec, data.num_classes)
+    if read & {"logits", "classifier", "classifier.weight"} and known not in (None, data.num_classes):
+        raise UserError(
+            f"teacher: {spec['model']} tells {known} classes apart, the data has {data.num_classes}: "
+            "teacher.fit: auto fits it to the data first"
+        )
 
 
 def _few(names: Sequence[str]) -> str:

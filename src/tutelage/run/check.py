@@ -2,19 +2,21 @@
 """Two steps of a run before it: what meets what, how strong each loss is, and how long it will take."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 
-from tutelage.core import Batch, Distiller, InputSpec, Live, Task
+from tutelage.core import Batch, Distiller, InputSpec, Live, Task, ranks
 from tutelage.core.error import UserError
 from tutelage.report.dry_run import DryRun
+from tutelage.report.measure import evaluating
 from tutelage.report.number import fixed, percent
 from tutelage.report.table import Table
 from tutelage.run.assemble import Assembled
+from tutelage.run.untouched import untouched
 from tutelage.train.log import Log
 
 PROBED = 8  # validation batches on which the teacher is scored
@@ -75,6 +77,20 @@ class Check:
         """Return the findings as plain data."""
         return asdict(self)
 
+    @property
+    def brief(self) -> list[str]:
+        """What is said before a training: how the losses share the gradient, what deserves a look, the forecast."""
+        strong = {label: one.share for label, one in self.losses.items() if one.weight}
+        parts = ", ".join(f"{label} {percent(share, digits=0)} %" for label, share in strong.items())
+        said = [f"the student's gradient comes from {parts}"] if len(strong) > 1 else []
+        return [*said, *(f"look: {remark}" for remark in self.remarks), self.forecast]
+
+    @property
+    def forecast(self) -> str:
+        """How long the training will take, in words."""
+        memory = f", {self.memory / 2**30:.1f} GiB on the device" if self.memory else ""
+        return f"{self.steps} steps, {duration(self.seconds)}{memory}"
+
 
 def check(made: Assembled) -> Check:
     """Run two training steps and put everything back as it was.
@@ -85,35 +101,29 @@ def check(made: Assembled) -> Check:
     Raises:
         UserError: if a loss with a weight gives the student no gradient on both steps, or is not finite.
     """
-    distiller = made.distiller
-    before = {name: tensor.clone() for name, tensor in distiller.state_dict().items()}
-    grads = [(p, p.grad) for p in distiller.parameters()]
-    loop = made.loop(Log(None, quiet=True))
-    loop.begin()
-    batches = [batch.to(made.runtime.device) for batch in islice(made.data.train.epoch(0), 2)]
+    distiller, device = made.distiller, made.runtime.device
     found: list[dict[str, tuple[float, float]]] = []
     seconds = 0.0
-    try:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with untouched(made):
+        loop = made.loop(Log(None, quiet=True))
+        loop.begin()
         distiller.train()
-        for batch in batches:
-            fed = next(iter(distiller.feed(batch)))
+        for batch in islice(made.data.train.epoch(0), 2):
+            fed = next(iter(distiller.feed(batch.to(device))))
             found.append(distiller.measure(fed, distiller.observe(fed)))
             start = time.perf_counter()
             loop.step([batch])
-            if made.runtime.device.type == "cuda":
+            if device.type == "cuda":
                 torch.cuda.synchronize()
             seconds = time.perf_counter() - start
-    finally:
-        distiller.load_state_dict(before)
-        for parameter, gradient in grads:
-            parameter.grad = gradient
-    losses = _strengths(distiller, found)
-    teacher = distiller.teachers.get("teacher")
-    scores = _probe(distiller, made) if teacher is not None else None
+        losses = _strengths(distiller, found, device)
+        scores = _probe(made)
     models = dict(distiller.models)
+    teacher = distiller.teachers.get("teacher")
     if isinstance(teacher, Live):
         models["teacher"] = teacher.model
-    on_gpu = made.runtime.device.type == "cuda"
     return Check(
         DryRun.of(distiller),
         losses,
@@ -122,13 +132,31 @@ def check(made: Assembled) -> Check:
         remarks(distiller, made.task, scores),
         seconds * made.total_steps * loop.accumulate,
         made.total_steps,
-        torch.cuda.max_memory_allocated() if on_gpu else None,
+        torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
 
-def _strengths(distiller: Distiller, found: list[dict[str, tuple[float, float]]]) -> dict[str, Strength]:
+def duration(seconds: float) -> str:
+    """Return a forecast in words.
+
+    Example:
+        >>> duration(12.3), duration(250.0), duration(9000.0)
+        ('a few seconds', 'about 4 minutes', 'about 2.5 hours')
+    """
+    if seconds < 20:
+        return "a few seconds"
+    if seconds < 5400:
+        minutes = max(1, round(seconds / 60))
+        return f"about {minutes} minute{'s' if minutes > 1 else ''}"
+    return f"about {seconds / 3600:.1f} hours"
+
+
+def _strengths(
+    distiller: Distiller, found: list[dict[str, tuple[float, float]]], device: torch.device
+) -> dict[str, Strength]:
     objective = distiller.objective
-    means = {label: tuple(sum(one[label][n] for one in found) / len(found) for n in range(2)) for label in found[0]}
+    values = torch.tensor([[*one.values()] for one in found], dtype=torch.float64).mean(dim=0)
+    means = dict(zip(found[0], ranks.mean(values.to(device)).tolist(), strict=True))
     weights = {label: objective.final_weight(label) for label in means}
     for label, (value, gradient) in means.items():
         if weights[label] and not (torch.tensor([value, gradient]).isfinite().all()):
@@ -146,15 +174,20 @@ def _strengths(distiller: Distiller, found: list[dict[str, tuple[float, float]]]
 
 
 @torch.no_grad()
-def _probe(distiller: Distiller, made: Assembled) -> dict[str, float]:
-    """Return the teacher's scores on a few validation batches."""
+def _probe(made: Assembled) -> dict[str, float] | None:
+    """Return the scores of a live teacher on a few validation batches, in eval mode."""
+    teacher = made.distiller.teachers.get("teacher")
+    if not isinstance(teacher, Live):
+        return None
+    model = teacher.model
 
-    def answers() -> Any:
+    def answers() -> Iterator[tuple[Any, Batch]]:
         for batch in islice(made.data.validation.epoch(0), PROBED):
-            moved: Batch = batch.to(made.runtime.device)
-            yield distiller.teachers["teacher"].observe(moved).output, moved
+            moved = batch.to(made.runtime.device)
+            yield made.task.call(model, moved), moved
 
-    return made.task.score(answers())
+    with evaluating(model.module):
+        return made.task.score(answers())
 
 
 def pixels(spec: InputSpec | None) -> str:
@@ -175,10 +208,7 @@ def remarks(distiller: Distiller, task: Task, teacher: Mapping[str, float] | Non
         for caveat in entry.term.caveats(distiller.facts)
     ]
     classes = distiller.facts.num_classes
-    if teacher is not None and classes and teacher.get(task.headline, 1.0) < 2 / classes:
+    if teacher is not None and classes and teacher.get(task.headline, 1.0) < 1.5 / classes:
         score = percent(teacher[task.headline])
         said.append(f"the teacher scores {score} % on a few batches, little more than chance: is it trained?")
-    found = distiller.report
-    if found.frozen:
-        said.append(f"{len(found.frozen)} parameters of the student are frozen, since no loss reaches them")
     return tuple(said)

@@ -20,6 +20,7 @@ from tutelage.run.distill import Result, distill, rehearse, teacher_recipe
 from tutelage.run.objective import of_methods
 from tutelage.run.page import comparison_page
 from tutelage.run.recipe import Recipe, TaskSection, load, read_text
+from tutelage.run.resolve import resolve
 from tutelage.train.runtime import Runtime
 
 COMPARISON = "comparison.json"
@@ -56,6 +57,7 @@ class Compared:
             "metric": found.metric.key,
             "baseline": found.baseline,
             "teacher": found.teacher,
+            "published": dict(found.published),
             "scores": {
                 arm: {str(seed): value for seed, value in scores.items()} for arm, scores in found.scores.items()
             },
@@ -79,7 +81,10 @@ class Compared:
             runs = {arm: {int(s): folder / name for s, name in runs.items()} for arm, runs in found["runs"].items()}
             measures = {name: Measures(**one) for name, one in found["measures"].items()}
             metric, baseline = Metric.of(found["metric"]), found["baseline"]
-            return cls(found["title"], Comparison(metric, scores, baseline, found["teacher"]), measures, runs, folder)
+            comparison = Comparison(metric, scores, baseline, found["teacher"], published=found["published"])
+            return cls(found["title"], comparison, measures, runs, folder)
+        except UserError:
+            raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{file} is damaged ({error}); give the command of the comparison again") from error
 
@@ -108,8 +113,10 @@ def compare(
     """
     if len(arms) < 2 or not seeds:
         raise UserError("a comparison needs at least two arms and one seed")
-    for name, recipe in arms.items():
+    arms = dict(arms)
+    for name in arms:
         try:
+            recipe = arms[name] = resolve(arms[name])
             if not (folder / f"{_stem(name)}-{seeds[0]}").exists():  # every arm is valid before one trains
                 rehearse(recipe, Runtime(recipe.train.device, recipe.train.precision))
         except UserError as error:

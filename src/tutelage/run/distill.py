@@ -9,20 +9,25 @@ from typing import Any
 import torch
 
 from tutelage.core import Batch, Distiller, Model, Task
+from tutelage.core.error import UserError
 from tutelage.core.schedule import Span
+from tutelage.data.load import Splits
 from tutelage.data.loader import Loader
+from tutelage.models.known import untrained
 from tutelage.report.dry_run import DryRun
 from tutelage.report.measure import Measures, measure
+from tutelage.report.metric import Metric
 from tutelage.run.assemble import Assembled, assemble
+from tutelage.run.check import check
 from tutelage.run.closing import closing
 from tutelage.run.folder import RunFolder
 from tutelage.run.page import run_page
 from tutelage.run.recipe import Recipe, parse
+from tutelage.run.resolve import resolve
+from tutelage.run.share import settle_shares
 from tutelage.train.checkpoint import Shelf
 from tutelage.train.log import Log
 from tutelage.train.runtime import Runtime
-
-BLANK = ("tutelage", "timm", "torchvision")  # models that come without weights unless some are asked for
 
 
 @dataclass(frozen=True)
@@ -105,38 +110,73 @@ def distill(
     Raises:
         UserError: for whatever is wrong with the recipe, the data or the models.
     """
-    home = RunFolder(folder)
-    settings = recipe.train
-    runtime = Runtime(settings.device, settings.precision)
+    home, asked = RunFolder(folder), recipe
+    runtime = Runtime(recipe.train.device, recipe.train.precision)
     with runtime.joined():
-        done = home.result() if home.holds(recipe) else None
+        begun = home.holds(asked)
+        done = home.result() if begun else None
         if done is not None:
             say(f"{folder} holds this run, finished; remove the folder to run it again")
             return Result(done["scores"], Measures(**done["measures"]), home)
-        fitted = None
+        recipe = home.recipe() if begun else resolve(asked, say)
+        settings, fitted = recipe.train, None
         if recipe.teacher is not None and recipe.teacher.fit is not None:
             place = teacher_folder or folder / "teacher"
+            fit = teacher_recipe(recipe)
             if RunFolder(place).result() is None:
                 rehearse(recipe, runtime)
-            runtime.first(lambda: home.claim(recipe))
-            fitted = distill(teacher_recipe(recipe), place, title="teacher", quiet=quiet).folder.weights
+            runtime.first(lambda: home.claim(asked, recipe))
+            fitted = distill(fit, place, title="teacher", quiet=quiet, say=_as_teacher(say)).folder.weights
+            say(f"teacher: fitted, {headline(RunFolder(place))}")
         made = assemble(recipe, teacher_weights=fitted, runtime=runtime)
+        shelf = Shelf(home.checkpoints) if settings.save_every else None
+        newest = shelf.newest if shelf else None
+        say_found(made, say)
+        if newest is None:
+            recipe = settle_shares(made)
+            for line in check(made).brief:
+                say(line)
         with Log(home.metrics, total=made.total_steps, title=title, quiet=quiet) as log:
             loop = made.loop(
                 log,
-                shelf=Shelf(home.checkpoints) if settings.save_every else None,
+                shelf=shelf,
                 save_every=_every(settings.save_every, made.steps_per_epoch),
                 evaluate=lambda: score(made.distiller, made.task, made.data.validation, runtime.device),
                 evaluate_every=_every(settings.evaluate_every, made.steps_per_epoch),
             )
-            runtime.first(lambda: home.claim(recipe))  # the first thing written: all of the run was built
-            say_found(made, say)
-            if loop.shelf and loop.shelf.newest:
-                say(f"goes on from {loop.shelf.newest}")
+            # the first thing written: all of the run was built
+            runtime.first(lambda: home.claim(asked, recipe))
+            if newest:
+                say(f"goes on from {newest}")
             scores = loop.run()
+        for line in left_out(made.data):
+            say(line)
         if loop.average is not None:
             made.distiller.student.load_state_dict(loop.average.weights)
         return finish(home, made, scores)
+
+
+def headline(home: RunFolder) -> str:
+    """Return the score of a finished run that says how good it is, in words."""
+    result = home.result()
+    assert result is not None
+    metric = Metric.of(result["metric"])
+    return f"{metric.label} {metric.show(result['scores'][metric.key])}{' %' if metric.percent else ''}"
+
+
+def _as_teacher(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return how the fit of a teacher speaks: as its own."""
+    return lambda text: say(f"teacher: {text}")
+
+
+def left_out(data: Splits) -> Iterator[str]:
+    """Yield what could not be read and was skipped, a line a split."""
+    for split, loader in (("training", data.train), ("validation", data.validation)):
+        if loader.skipped:
+            name, reason = next(iter(loader.skipped.items()))
+            count = len(loader.skipped)
+            those = "1 image was" if count == 1 else f"{count} images were"
+            yield f"{split}: {those} skipped as unreadable, such as {name} ({reason})"
 
 
 def rehearse(recipe: Recipe, runtime: Runtime) -> None:
@@ -146,7 +186,10 @@ def rehearse(recipe: Recipe, runtime: Runtime) -> None:
         UserError: for whatever is wrong with the recipe, the data or the models.
     """
     if recipe.teacher is not None and recipe.teacher.fit is not None:
-        rehearse(teacher_recipe(recipe), runtime)
+        try:
+            rehearse(teacher_recipe(recipe), runtime)
+        except UserError as error:
+            raise UserError(f"teacher.fit: {str(error).removeprefix('teacher.fit: ')}") from error
     made = assemble(recipe, runtime=runtime)
     made.loop(Log(None, quiet=True))
     made.distiller.close()
@@ -157,9 +200,11 @@ def say_found(made: Assembled, say: Callable[[str], None]) -> None:
     for rebuild in made.rebuilds:
         say(rebuild.report())
     found, teacher = made.distiller.report, made.recipe.teacher
-    if teacher and not (teacher.weights or teacher.fit) and teacher.model.partition(":")[0] in BLANK:
+    if teacher and not teacher.fit and untrained({"model": teacher.model, "weights": teacher.weights}):
         say(f"the teacher {teacher.model} is untrained: give teacher.weights, or teacher.fit to train it first")
-    for source in sorted(found.shapes, key=lambda name: name.partition("@")[0] not in made.distiller.models):
+    known = made.distiller.models
+    sources = sorted(found.shapes, key=lambda name: name.partition("@")[0] not in known)
+    for source in sources if made.distiller.objective.entries else ():
         shapes = found.shapes[source]
         say(f"{source} reads {', '.join(f'{name} {list(shape)}' for name, shape in shapes.items())}")
     if found.overwritten:

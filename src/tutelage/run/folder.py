@@ -19,6 +19,8 @@ SHOWN = 3  # differences that an error lists
 class RunFolder:
     """`recipe.yaml`, `metrics.jsonl`, `checkpoints/`, `student.safetensors`, `student.json`, `result.json`.
 
+    Where the recipe that was asked for left something open, it lies beside the resolved one, as `asked.yaml`.
+
     Args:
         path: the folder; made when first written to.
     """
@@ -26,6 +28,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.recipe_path = path / "recipe.yaml"
+        self.asked_path = path / "asked.yaml"
         self.metrics = path / "metrics.jsonl"
         self.checkpoints = path / "checkpoints"
         self.weights = path / "student.safetensors"
@@ -48,35 +51,48 @@ class RunFolder:
     def holds(self, recipe: Recipe) -> bool:
         """Whether this very run was begun here before; nothing is written.
 
+        Args:
+            recipe: as it was asked for, or as it was resolved.
+
         Raises:
             UserError: if the folder holds another run, naming what differs, or something else.
         """
         if self.recipe_path.exists():
-            other = list(differences(self.recipe().plain(), recipe.plain()))
-            if other:
+            known = [read(path) for path in (self.asked_path, self.recipe_path) if path.exists()]
+            found = [list(differences(one.plain(), recipe.plain())) for one in known]
+            if all(found):
+                other = found[0]
                 more = f" and {len(other) - SHOWN} more" if len(other) > SHOWN else ""
                 raise UserError(
                     f"{self.path} holds a run of another recipe ({', '.join(other[:SHOWN])}{more}); "
                     "choose another --out, or remove the folder"
                 )
             return True
-        if self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+        if self.path.is_file() or (self.path.is_dir() and set(self.path.iterdir()) - {self.asked_path}):
             what = "is a file" if self.path.is_file() else "is not empty and holds no run"
             raise UserError(f"{self.path} {what}; choose another --out")
         return False
 
-    def claim(self, recipe: Recipe) -> None:
+    def claim(self, asked: Recipe, resolved: Recipe | None = None) -> None:
         """Write the recipe, or find the same one there: then the run goes on where it stopped.
+
+        Args:
+            asked: what was asked for.
+            resolved: with everything decided that it left open; the same by default.
 
         Raises:
             UserError: if the folder holds something else, or cannot be written.
         """
-        if not self.holds(recipe):
-            write_text(self.recipe_path, recipe.text())
+        resolved = resolved or asked
+        if self.holds(asked) and self.recipe() == resolved:
+            return
+        if asked != resolved and not self.asked_path.exists():
+            write_text(self.asked_path, asked.text())
+        write_text(self.recipe_path, resolved.text())
 
     def recipe(self) -> Recipe:
         """Return the resolved recipe."""
-        return parse(read_yaml(read_text(self.recipe_path), str(self.recipe_path)), where=str(self.recipe_path))
+        return read(self.recipe_path)
 
     def save_student(self, module: nn.Module, card: Mapping[str, Any]) -> None:
         """Write the student's weights and how to build it again."""
@@ -95,6 +111,15 @@ class RunFolder:
             return dict(json.loads(read_text(self.result_path)))
         except ValueError as error:
             raise UserError(f"{self.result_path} is damaged ({error}); remove it") from error
+
+
+def read(path: Path) -> Recipe:
+    """Return the recipe of a file.
+
+    Raises:
+        UserError: if it cannot be read, or is none.
+    """
+    return parse(read_yaml(read_text(path), str(path)), where=str(path))
 
 
 def differences(before: Any, after: Any, place: str = "") -> Iterator[str]:

@@ -84,7 +84,8 @@ def build(section: Mapping[str, Any]) -> Objective:
     """Return the objective of a recipe.
 
     `task` is a weight; every other label is a weight and options, `kd: {weight: 0.9, temperature: 4}`, where
-    the method is the label unless `method:` names it. A bare number is a weight with the method's defaults.
+    the method is the label unless `method:` names it. A bare number is a weight with the method's defaults. A
+    weight `{share: 0.5}` is 1 until it was measured, see `tutelage.run.share`.
 
     Raises:
         UserError: naming the place and the nearest valid word.
@@ -100,7 +101,7 @@ def build(section: Mapping[str, Any]) -> Objective:
             block.pop(word, None)
         made = term(str(binding.pop("method", label)), block, where, (*BINDING, *ROLE_OPTIONS))
         try:
-            binding["weight"] = Schedule.parse(binding.get("weight", 1.0))
+            binding["weight"] = _weight(binding.get("weight", 1.0))
         except UserError as error:
             raise UserError(f"{where}.weight: {error}") from error
         for word, kind in (("student", str), ("teacher", str), ("live", bool)):
@@ -109,10 +110,24 @@ def build(section: Mapping[str, Any]) -> Objective:
                 raise UserError(f"{where}.{word}: should be {what}, not {binding[word]!r}")
         entries[label] = Entry(made, **binding)
     try:
-        task = Schedule.parse(section.get("task", 0.0))
+        task = _weight(section.get("task", 0.0))
     except UserError as error:
         raise UserError(f"objective.task: {error}") from error
     return Objective(entries, task=task)
+
+
+def _weight(given: Any) -> Schedule:
+    """Return a weight's schedule.
+
+    Raises:
+        UserError: if it is none, or a share that is none.
+    """
+    if not (isinstance(given, Mapping) and "share" in given):
+        return Schedule.parse(given)
+    share = given["share"]
+    if len(given) > 1 or isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise UserError(f"a share stands alone and lies between 0 and 1, as in {{share: 0.5}}, not {dict(given)}")
+    return Schedule.parse(1.0)
 
 
 def feeders_of(section: Mapping[str, Any]) -> list[Feeder]:
@@ -145,7 +160,7 @@ def _roles(section: Mapping[str, Any], role: Any, word: str) -> list[Any]:
         if kind is not None:
             found.append(checked(kind, block.get(word, {}), f"objective.{label}.{word}"))
         elif word in block:
-            raise UserError(f"objective.{label}.{word}: {label} has no {role.__name__}")
+            raise UserError(f"objective.{label}.{word}: {label} takes no {word}")
     return found
 
 

@@ -24,8 +24,12 @@ def recipe(
     teacher: str | None = None,
     method: str | None = None,
     sets: Sequence[str] = (),
+    fit_teacher: bool = True,
 ) -> Recipe:
     """Return the recipe that a few flags stand for.
+
+    A teacher without weights, or with another number of classes than the data, is fitted to the data first, or
+    refused without `fit_teacher`.
 
     Raises:
         UserError: naming the flag that is missing or does not fit the others.
@@ -43,7 +47,7 @@ def recipe(
         "student": student,
         "data": data,
         "objective": of_methods(chosen or ""),
-        **({"teacher": teacher} if teacher else {}),
+        **({"teacher": {"model": teacher, "fit": "auto" if fit_teacher else "never"}} if teacher else {}),
         **DEFAULTS,
     }
     return parse(given, sets, where="command line")
@@ -65,15 +69,28 @@ def asked(
     teacher: str | None = None,
     method: str | None = None,
     sets: Sequence[str] = (),
+    fit_teacher: bool | None = None,
 ) -> tuple[Recipe, str]:
     """Return the recipe a command asks for, by name or by flags, and a name for its run.
+
+    Args:
+        name: of a recipe.
+        student: of the quick form, or in the place of the recipe's.
+        data: the same.
+        teacher: the same.
+        method: of the quick form.
+        sets: changes of single values.
+        fit_teacher: whether a teacher that needs it is fitted first; None leaves it to the recipe.
 
     Raises:
         UserError: as `recipe` and `tutelage.run.recipe.load` do.
     """
     if name is not None:
         flags = overrides(student=student, data=data, teacher=teacher, method=method)
+        if fit_teacher is not None:
+            flags.append(f"teacher.fit={'auto' if fit_teacher else 'never'}")
         return load(name, [*flags, *sets]), Path(name).stem
-    made = recipe(student=student, data=data, teacher=teacher, method=method, sets=sets)
+    fits = fit_teacher is not False
+    made = recipe(student=student, data=data, teacher=teacher, method=method, sets=sets, fit_teacher=fits)
     alone = method is None and teacher is None
     return made, f"{'alone' if alone else method or 'kd'}-{made.student.model.rpartition(':')[2]}"

@@ -23,7 +23,7 @@ from tutelage.core.schedule import Span
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
 #: Sections that may be written as one word, and what the word is.
-WORDS = {"task": "name", "teacher": "model", "student": "model", "data": "source"}
+WORDS = {"task": "name", "teacher": "model", "student": "model", "data": "source", "fit": "when"}
 
 
 def _length(text: str) -> str:
@@ -74,15 +74,25 @@ class StudentSection(Open):
 
 
 class FitSection(Section):
-    """How the teacher is fitted to the data first: what differs from the recipe itself."""
+    """How the teacher is fitted to the data first: what differs from the recipe itself.
 
+    `when` is `always`, `auto` (if the teacher has no weights, or knows other classes) or `never` (such a teacher
+    is refused); `fit: auto` is short for it.
+    """
+
+    when: Literal["always", "auto", "never"] = "always"
     data: dict[str, Any] = Field(default_factory=dict)
     optimizer: dict[str, Any] = Field(default_factory=dict)
     train: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        return {"when": given} if isinstance(given, str) else given
+
 
 class TeacherSection(StudentSection):
-    """The model that knows."""
+    """The model that knows; without `fit` it is taken as it is."""
 
     mode: Literal["eval", "batch_statistics", "train"] = "eval"
     fit: FitSection | None = None
@@ -191,6 +201,8 @@ class Recipe(Section):
 
 # --- reading ---------------------------------------------------------------------------------------------
 
+MERGE = "tag:yaml.org,2002:merge"  # of `<<`
+
 
 class _Loader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number and a key written twice is an error."""
@@ -198,6 +210,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
         for key_node, _ in node.value:
+            if key_node.tag == MERGE:
+                continue
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, Hashable):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key_node.start_mark)

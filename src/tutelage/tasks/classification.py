@@ -59,7 +59,8 @@ class Classification:
         if isinstance(output, Tensor):
             return output
         found = getattr(output, "logits", None)
-        return found if found is not None else next(iter(output))
+        scores: Tensor = found if found is not None else next(iter(output))
+        return scores
 
     def loss(self, output: Any, batch: Batch) -> Tensor:
         """Return the cross-entropy averaged over labelled rows.
@@ -80,7 +81,10 @@ class Classification:
         return isinstance(batch.target, Tensor) and batch.target.ndim == 1
 
     def score(self, answers: Iterable[tuple[Any, Batch]]) -> dict[str, float]:
-        """Return top-1 and top-5 accuracy, loss (nats) and calibration error, all over labelled rows."""
+        """Return top-1 and (of more than five classes) top-5 accuracy, loss (nats) and calibration error.
+
+        All are means over labelled rows.
+        """
         logits, target = [], []
         for output, batch in answers:
             logits.append(self.logits(output).float()[batch.labelled])
@@ -92,7 +96,7 @@ class Classification:
         confidence, answer = scores.softmax(1).max(1)
         return {
             "top1": top[:, 0].float().mean().item(),
-            "top5": top.any(1).float().mean().item(),
+            **({"top5": top.any(1).float().mean().item()} if self.num_classes > 5 else {}),
             "loss": F.cross_entropy(scores, truth).item(),
             "ece": calibration_error(confidence, answer == truth),
         }
