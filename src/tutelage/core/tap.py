@@ -22,7 +22,7 @@ ROLES = (
 ROLE = re.compile(rf"({'|'.join(re.escape(role) for role in ROLES)})(\[(-?\d+|\*)\])?(\.pre|\.norm)?")
 
 Side = Literal["output", "input", "weight"]
-Layout = Literal["nchw", "nhwc", "tokens", "cls"]
+Layout = Literal["nchw", "nhwc", "tokens", "cls", "flat"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Tap:
         side: the module's `output`, its `input`, or the `weight` it is called with (a live parameter).
         key: which element of a tuple, or which keyword or dictionary entry; the first tensor by default.
         call: which call (0-based), for a module that runs more than once in a forward.
-        layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens.
+        layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens;
+            `cls` takes the first token alone, `flat` makes a map one vector.
         prefix: number of prefix tokens, for the token layouts.
         part: (which, of how many) equal parts of the last dimension, for a layer that gives several tensors side
             by side, such as a fused query, key and value.
@@ -147,6 +148,8 @@ def _arrange(tensor: Tensor, tap: Tap) -> Tensor:
         return tensor[:, tap.prefix :]
     if tap.layout == "cls":
         return tensor[:, 0]
+    if tap.layout == "flat":
+        return tensor.flatten(1)
     return tensor
 
 
