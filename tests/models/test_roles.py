@@ -136,6 +136,15 @@ def test_a_convolution_may_classify() -> None:
     assert "pooled" not in found.taps
 
 
+def test_a_convolution_may_classify_a_pooled_map() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(4, 5, 1), nn.Flatten())
+    found = find(network, noise(8))
+    taps, output = readings(Model(network, found.taps), noise(8))
+    assert taps["pooled"].shape == (2, 4)
+    assert torch.equal(network[3](taps["pooled"][:, :, None, None]).flatten(1), output)
+    assert places(found)["map"] == "1"
+
+
 def test_the_last_layer_of_that_many_outputs_classifies() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 5), nn.ReLU(), nn.Linear(5, 5))
     found = find(network, noise(2))

@@ -96,12 +96,27 @@ def test_blocks_and_tokens_are_what_timm_itself_gives(name: str) -> None:
         assert torch.equal(taps[f"blocks[{number}]"], expected)
     assert torch.equal(taps["tokens"], features[:, prefix:])
     assert ("cls[0]" in taps) == (prefix > 0)
+    if name == "vit_tiny_patch16_224":
+        attention: Any = model.module.get_submodule("blocks.1.attn")
+        fused = attention.qkv(model.module.get_submodule("blocks.1.norm1")(whole_block(model, images)))
+        assert torch.allclose(torch.cat([taps["q[1]"], taps["k[1]"], taps["v[1]"]], dim=2), fused, atol=1e-5)
+    assert ("q[0]" in taps) == name.startswith(("vit", "deit"))  # eva02 multiplies by the weights of its layer
     if prefix:
         last = model.module.norm(taps["cls[2]"]) if not isinstance(model.module.norm, torch.nn.Identity) else None
         assert last is None or torch.allclose(last, features[:, 0], atol=1e-5)
     assert torch.equal(output, logits)
     assert taps["patch_embed[0]"].shape == taps["blocks[0]"].shape
     assert "map" not in taps
+
+
+def whole_block(model: Any, images: torch.Tensor) -> torch.Tensor:
+    """Return what the first block gives, prefix tokens and all."""
+    kept: list[torch.Tensor] = []
+    handle = model.module.blocks[0].register_forward_hook(lambda module, args, output: kept.append(output))
+    with torch.no_grad():
+        model.module(images)
+    handle.remove()
+    return kept[0]
 
 
 def test_a_distilled_transformer_gives_the_mean_of_its_heads() -> None:
@@ -170,7 +185,7 @@ def test_every_architecture_has_roles() -> None:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
-                module = timm.create_model(name)
+                module = timm.create_model(name, num_classes=10)
             except (RuntimeError, NotImplementedError):
                 counts["not on meta"] += 1
                 continue

@@ -29,6 +29,11 @@ def test_blocks_are_the_hidden_states(kind: str, prefix: int) -> None:
     for number in range(2):
         assert torch.equal(taps[f"blocks[{number}]"], own.hidden_states[number + 1][:, prefix:])
         assert torch.equal(taps[f"cls[{number}]"], own.hidden_states[number + 1][:, 0])
+    attention = model.module.get_submodule(f"{kind}.layers.1.attention")
+    norm = model.module.get_submodule(f"{kind}.layers.1.layernorm_before")
+    for role in "qkv":
+        expected = attention.get_submodule(f"{role}_proj")(norm(own.hidden_states[1]))
+        assert torch.allclose(taps[f"{role}[1]"], expected, atol=1e-5)
     assert taps["tokens"].shape == taps["patch_embed[0]"].shape == (2, 16, 16)
     assert torch.equal(model.lend("classifier")(taps["pooled"]), own.logits)
 

@@ -14,16 +14,13 @@ from tutelage.core import Model, Tap, TextSpec
 from tutelage.core.error import UserError, nearest
 from tutelage.core.text import words_of
 from tutelage.models import weights
+from tutelage.models.attention import projections
 from tutelage.models.roles import logits_of
 from tutelage.models.source import Wanted
 from tutelage.models.trace import Call, trace
 
 #: Words of a mapping that are not the configuration's.
 WORDS = ("model", "weights", "roles")
-#: Names of the layers that give queries, keys and values, by architecture.
-PROJECTIONS = (("query", "key", "value"), ("q_proj", "k_proj", "v_proj"), ("q_lin", "k_lin", "v_lin"))
-#: Names of one layer that gives queries, keys and values side by side, in three equal parts.
-FUSED = ("c_attn",)
 
 
 def call(module: nn.Module, inputs: Mapping[str, Tensor], *, text: TextSpec) -> Tensor:
@@ -226,7 +223,7 @@ def roles(module: nn.Module, text: TextSpec) -> dict[str, Tap]:
     norm = _final_norm(root, blocks[-1])
     taps[f"hidden[{len(blocks)}]"] = Tap(norm.path if norm is not None else blocks[-1].path)
     for number, block in enumerate(blocks):
-        for role, tap in _projections(block).items():
+        for role, tap in projections(block).items():
             taps[f"{role}[{number}]"] = tap
     return taps
 
@@ -262,15 +259,6 @@ def _final_norm(root: Call, last: Call) -> Call | None:
         if same and made.path.startswith(f"{home}.") and "norm" in f"{type(made.module).__name__} {made.path}".lower():
             return made
     return None
-
-
-def _projections(block: Call) -> dict[str, Tap]:
-    inner = {made.path.rpartition(".")[2]: made.path for made in block.walk() if not made.inner}
-    for names in PROJECTIONS:
-        if all(name in inner for name in names):
-            return {role: Tap(inner[name]) for role, name in zip("qkv", names, strict=True)}
-    fused = next((inner[name] for name in FUSED if name in inner), None)
-    return {role: Tap(fused, part=(n, 3)) for n, role in enumerate("qkv")} if fused else {}
 
 
 def _table(module: nn.Module) -> nn.Module | None:

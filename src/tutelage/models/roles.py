@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from tutelage.core.tap import Tap
+from tutelage.models.attention import projections
 from tutelage.models.trace import Call, trace
 
 Side = Literal["output", "input"]
@@ -50,7 +51,8 @@ def find(
       first block takes
     - `blocks[i]`: tokens after each of a row of modules that keep the shape `[B, L, D]`, prefix tokens left
       out; `tokens`: the same after the norm that follows; `cls[i]`: the first prefix token of each block;
-      `patch_embed[0]`: what the first block's tokens are made from
+      `q[i]`, `k[i]`, `v[i]`: of all its tokens, heads side by side; `patch_embed[0]`: what the first block's
+      tokens are made from
 
     A role that the model has not, or that the trace does not show beyond doubt, is left out.
 
@@ -73,6 +75,8 @@ def find(
         modules["classifier"] = head.path
         if head.taken is not None and head.taken.ndim == 2:
             taps["pooled"] = Tap(head.path, "input")
+        elif head.taken is not None and head.taken.ndim == 4 and head.taken.shape[2:].numel() == 1:
+            taps["pooled"] = Tap(head.path, "input", layout="flat")
     taps |= _tokens(root, before, prefix)
     if "tokens" not in taps and images.ndim == 4:
         taps |= _maps(root, images, before, stages, _channels_last_calls(root, channels_last))
@@ -289,6 +293,7 @@ def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]
         taps[f"blocks[{number}]"] = Tap(block.path, layout="tokens", prefix=prefix)
         if prefix:
             taps[f"cls[{number}]"] = Tap(block.path, layout="cls")
+        taps |= {f"{role}[{number}]": tap for role, tap in projections(block).items()}
     after = calls[calls.index(blocks[-1]) + 1 :]
     norms = [c for c in after if "Norm" in type(c.module).__name__ and c.given is not None and c.given.shape == shape]
     taps["tokens"] = Tap((norms or blocks[-1:])[0].path, layout="tokens", prefix=prefix)
@@ -316,4 +321,5 @@ def _blocks(root: Call, calls: list[Call]) -> list[Call]:
 
 
 def _is_sequence(call: Call) -> bool:
-    return bool(call.inner) and call.given is not None and call.given.ndim == 3
+    # a class token alone, as class-attention layers give it, is no sequence
+    return bool(call.inner) and call.given is not None and call.given.ndim == 3 and call.given.shape[1] > 1
