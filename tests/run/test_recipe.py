@@ -209,6 +209,24 @@ def test_a_base_is_joined_section_by_section_and_an_objective_replaced(tmp_path:
     assert load(str(tmp_path / "low.yaml")).objective["kd"] == {"weight": 0.9, "temperature": 4}
 
 
+def test_options_of_one_model_or_optimizer_are_not_those_of_another(tmp_path: Path) -> None:
+    written(
+        tmp_path,
+        "low.yaml",
+        "student: {model: tutelage:resnet8, width: 0.5}\ndata: {source: digits, batch_size: 32}\n"
+        "optimizer: {name: sgd, lr: 0.2, momentum: 0.9}\ntrain: {epochs: 2}\n",
+    )
+    other = "base: low\nstudent: tutelage:vgg8\ndata: elsewhere\noptimizer: {name: adamw, lr: 0.01}\n"
+    found = load(written(tmp_path, "other.yaml", other))
+    assert found.student.options == {}
+    assert found.optimizer.options == {}
+    assert (found.data.source, found.data.batch_size) == ("elsewhere", 32)
+    same = "base: low\nstudent: {model: tutelage:resnet8, shortcut: B}\noptimizer: {lr: 0.01}\n"
+    found = load(written(tmp_path, "same.yaml", same))
+    assert found.student.options == {"width": 0.5, "shortcut": "B"}
+    assert found.optimizer.options == {"momentum": 0.9}
+
+
 def test_a_base_may_be_shipped(tmp_path: Path) -> None:
     found = load(written(tmp_path, "top.yaml", "base: digits_few_labels\ntrain: {epochs: 1}\n"))
     assert found.data == load("digits_few_labels").data

@@ -187,7 +187,7 @@ class Recipe(Section):
     def _short(cls, given: Any) -> Any:
         """Accept `task: NAME`, `teacher: MODEL` and `student: MODEL`."""
         if isinstance(given, Mapping):
-            given = {k: {WORDS[k]: v} if k in WORDS and isinstance(v, str) else v for k, v in given.items()}
+            given = _long(given)
         return given
 
     def plain(self) -> dict[str, Any]:
@@ -296,7 +296,8 @@ def read_text(path: Path) -> str:
 def _based(path: Path) -> dict[str, Any]:
     """Return a recipe's mapping laid over that of its `base`, section by section.
 
-    A section that both have is joined key by key, one level deep; an objective replaces the base's.
+    A section that both have is joined key by key, one level deep. An objective replaces the base's, and so does
+    a section that names another model, optimizer or task: options of one are not those of another.
     """
     found = read_yaml(read_text(path), path.name)
     if "base" not in found:
@@ -310,11 +311,25 @@ def _based(path: Path) -> dict[str, Any]:
     base = read_yaml(read_text(base_path), base_path.name)
     if "base" in base:
         raise UserError(f"{path.name}: base: {name!r} has a base itself; one level only")
-    short = {key: {WORDS[key]: base[key]} for key in WORDS if isinstance(base.get(key), str)}
-    base = {**base, **short}
-    both = (key for key in found if isinstance(found[key], dict) and isinstance(base.get(key), dict))
-    joined = {key: {**base[key], **found[key]} for key in both if key != "objective"}
+    found, base = _long(found), _long(base)
+    both = [key for key in found if isinstance(found[key], dict) and isinstance(base.get(key), dict)]
+    joined = {key: {**base[key], **found[key]} for key in both if not _another(key, found[key], base[key])}
     return {**base, **found, **joined}
+
+
+def _long(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's mapping with sections that were written as one word written out."""
+    return {
+        key: {WORDS[key]: value} if key in WORDS and isinstance(value, str) else value for key, value in given.items()
+    }
+
+
+def _another(section: str, above: Mapping[str, Any], below: Mapping[str, Any]) -> bool:
+    """Whether a section of a recipe is about something else than the same section of its base."""
+    if section == "objective":
+        return True
+    word = {"optimizer": "name", "task": "name", "teacher": "model", "student": "model"}.get(section, "")
+    return word in above and word in below and above[word] != below[word]
 
 
 def parse(given: Mapping[str, Any], sets: Sequence[str] = (), *, where: str = "recipe") -> Recipe:
