@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import pickle
 import random
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from tutelage.core.error import UserError
 from tutelage.data import augment
 from tutelage.data.folder import Files
 from tutelage.data.loader import Loader
+from tutelage.data.mix import Mix
 from tutelage.data.samples import Arrays
 
 
@@ -126,6 +128,22 @@ def test_workers_change_nothing(files: Files) -> None:
     for epoch, start in ((0, 0), (1, 0), (1, 1)):
         pairs = zip(alone.epoch(epoch, start), helped.epoch(epoch, start), strict=True)
         assert all(equal(one, other) for one, other in pairs)
+
+
+def test_workers_outlive_an_epoch_that_was_left_early(files: Files) -> None:
+    helped = Loader(files, 2, seed=2, train=True, workers=2)
+    left = next(helped.epoch(0))
+    again = list(helped.epoch(0))
+    assert equal(left, again[0])
+    alone = list(Loader(files, 2, seed=2, train=True).epoch(0))
+    assert all(equal(one, other) for one, other in zip(again, alone, strict=True))
+
+
+def test_a_loader_can_be_sent_to_a_process(files: Files) -> None:
+    transform = augment.build([{"pad_crop": 2}, "rand_augment"], train=True)
+    loader = Loader(files, 4, train=True, transform=transform, mixing=Mix(3, mixup=1.0))
+    again = pickle.loads(pickle.dumps(loader))
+    assert all(torch.equal(a.inputs, b.inputs) for a, b in zip(loader.epoch(), again.epoch(), strict=True))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

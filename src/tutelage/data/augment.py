@@ -123,7 +123,7 @@ class PadCrop:
         columns = place[:, 1:] + torch.arange(width)
         batch = torch.arange(len(images))[:, None, None]
         # indexing puts the channels last
-        return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+        return padded[batch, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
 
 
 @final
