@@ -96,8 +96,8 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def _called(root: Call, path: str | None) -> Call | None:
-    """Return the last call of a module that gave a tensor of its own."""
-    calls = [call for call in root.walk() if call.path == path and call.given is not call.taken]
+    """Return the last call of a module that does something."""
+    calls = [call for call in root.walk() if call.path == path and not isinstance(call.module, nn.Identity)]
     return calls[-1] if calls else None
 
 
