@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tutelage.core import Tap as Tap
     from tutelage.core import Teacher as Teacher
     from tutelage.core import Term as Term
+    from tutelage.run.door import distill as distill
 
 __version__ = "0.1.0"
 
@@ -30,4 +31,8 @@ def __getattr__(name: str) -> Any:
         from tutelage import core
 
         return getattr(core, name)
+    if name == "distill":
+        from tutelage.run.door import distill
+
+        return distill
     raise AttributeError(f"module 'tutelage' has no attribute {name!r}")

@@ -94,6 +94,7 @@ class Splits:
             steps_per_epoch=-(-self.train.steps_per_epoch // accumulate),
             total_steps=total_steps,
             seed=seed,
+            mixes=tuple(word for word in ("mixup", "cutmix") if getattr(self.train.mixing, word, 0)),
         )
 
 
@@ -255,7 +256,9 @@ OF_IMAGES = (
 )
 
 
-def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_size: int = 1) -> Splits:
+def load(
+    spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_size: int = 1, sets: Sets | None = None
+) -> Splits:
     """Return the loaders of a recipe's `data` section.
 
     Args:
@@ -263,6 +266,7 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
         seed: of order and augmentation.
         rank: of this process.
         world_size: number of processes.
+        sets: in the place of the source.
 
     Raises:
         UserError: naming the word of the section, or the file, that is wrong.
@@ -273,7 +277,7 @@ def load(spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_s
         (50, 10)
     """
     section = Spec.parse(spec)
-    sets, apart = _read(section)
+    sets, apart = _with_validation(sets, section) if sets is not None else _read(section)
     for samples in sets.values():
         _require_classes(samples)
     train = _fewer_labels(sets["train"], section)
@@ -317,26 +321,29 @@ def _read(spec: Spec) -> tuple[Sets, bool]:
     elif kind not in EMBEDDED and not place:
         raise UserError(f"data.source: write {kind}:{'NAME' if kind in ('torchvision', 'hf') else 'PATH'}")
     sets = SOURCES[kind](place, spec)
-    apart = "validation" not in sets
-    if kind == "folder":
+    apart = False
+    if kind == "folder":  # which holds its validation images out by itself
         from tutelage.data.folder import own_splits
 
         apart = not {"validation", "test"} & set(own_splits(place))
-    if "validation" not in sets:
-        train = sets["train"]
-        if not 0 < spec.validation_share < 1:
-            raise UserError(
-                f"{spec.source} has no validation split: data.validation_share must lie in (0, 1), "
-                f"not {spec.validation_share}"
-            )
-        count = max(round(spec.validation_share * len(train)), len(train.class_names))
-        held_out = stratified(train.targets, count, SPLIT_SEED)
-        sets = {
-            **sets,
-            "train": train.keep(without(len(train), held_out)),
-            "validation": train.keep(held_out),
-        }
-    return sets, apart
+    sets, more = _with_validation(sets, spec)
+    return sets, apart or more
+
+
+def _with_validation(sets: Sets, spec: Spec) -> tuple[Sets, bool]:
+    """Return sets with a validation split, and whether it was held out of the training samples here."""
+    if "validation" in sets:
+        return sets, False
+    train = sets["train"]
+    if not 0 < spec.validation_share < 1:
+        raise UserError(
+            f"{spec.source} has no validation split: data.validation_share must lie in (0, 1), "
+            f"not {spec.validation_share}"
+        )
+    count = max(round(spec.validation_share * len(train)), len(train.class_names))
+    held_out = stratified(train.targets, count, SPLIT_SEED)
+    left = train.keep(without(len(train), held_out))
+    return {**sets, "train": left, "validation": train.keep(held_out)}, True
 
 
 def _require_classes(samples: Samples) -> None:

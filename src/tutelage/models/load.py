@@ -58,6 +58,8 @@ def load(
     if given.get("head", "fresh") != "fresh":
         raise UserError(f"model {given['model']!r}: head {given['head']!r} is not known; valid: fresh")
     kind, _, place = str(given["model"]).partition(":")
+    if kind == "object":
+        raise UserError(f"model {given['model']!r} was an object in Python: build it there, and load its weights")
     if kind not in KINDS or not place:
         raise UserError(f"model {given['model']!r} is not known: write KIND:NAME{nearest(kind, KINDS)}")
     if kind == "run":

@@ -18,6 +18,7 @@ from tutelage.data.load import load as load_data
 from tutelage.functional.noise import mix
 from tutelage.models.known import trained_classes, untrained
 from tutelage.models.load import load as load_model
+from tutelage.run.given import NOTHING, Given, model_of
 from tutelage.run.objective import build as build_objective
 from tutelage.run.objective import feeders_of, rebuilds_of
 from tutelage.run.recipe import Recipe, TaskSection
@@ -120,20 +121,23 @@ def _model(section: Mapping[str, Any], data: Splits) -> Model:
     return load_model(section, **data.model_facts())
 
 
-def teacher_of(recipe: Recipe, data: Splits, weights: Path | None) -> Teacher | None:
+def teacher_of(recipe: Recipe, data: Splits, weights: Path | None, given: Given) -> Teacher | None:
     """Return the teacher of a recipe.
 
     Args:
         recipe: with or without one.
         data: whose classes it must know.
         weights: of a teacher that was fitted to the data first.
+        given: may hold it.
 
     Raises:
         UserError: if its classes are not the data's.
     """
     section = recipe.teacher
-    if section is None:
-        return None
+    if section is None or isinstance(given.teacher, Teacher):
+        return given.teacher if isinstance(given.teacher, Teacher) else None
+    if given.teacher is not None:
+        return Live(model_of(given.teacher, data.sample().inputs, ()), section.mode)
     facts = data.model_facts()
     chosen = str(weights) if weights else section.weights
     spec = {"model": section.model, "weights": chosen, **section.options}
@@ -171,6 +175,21 @@ def _require_classes(recipe: Recipe, spec: Mapping[str, Any], data: Splits) -> N
         )
 
 
+def _require_pixels(sample: Batch, *models: Model) -> None:
+    """Refuse images that are normalised already for a model that normalises for itself.
+
+    Raises:
+        UserError: saying what to leave out.
+    """
+    pixels = sample.inputs
+    outside = isinstance(pixels, torch.Tensor) and bool(((pixels < 0) | (pixels > 1)).any())
+    if outside and any(model.input is not None and model.input.mean for model in models):
+        raise UserError(
+            f"data: pixels lie between {pixels.min():.2f} and {pixels.max():.2f}, and models that are named want "
+            "them in [0, 1] and normalise for themselves: leave the normalisation out of the data set"
+        )
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
@@ -181,20 +200,28 @@ def _read(distiller: Distiller) -> bool:
     return any(reads.teacher or reads.borrows for reads in terms)
 
 
-def assemble(recipe: Recipe, *, teacher_weights: Path | None = None, runtime: Runtime | None = None) -> Assembled:
+def assemble(
+    recipe: Recipe,
+    *,
+    teacher_weights: Path | None = None,
+    runtime: Runtime | None = None,
+    given: Given = NOTHING,
+) -> Assembled:
     """Return the objects of a run; the student's first weights are a function of the seed alone.
 
     Args:
         recipe: validated.
         teacher_weights: of a teacher that was fitted to the data first.
         runtime: device and precision; the recipe's by default.
+        given: objects in the place of what the recipe names.
 
     Raises:
         UserError: for whatever is wrong with the recipe, the data or the models.
     """
     settings = recipe.train
     runtime = runtime or Runtime(settings.device, settings.precision)
-    data = load_data(recipe.data.model_dump(), seed=settings.seed, rank=ranks.rank(), world_size=ranks.world_size())
+    world = {"rank": ranks.rank(), "world_size": ranks.world_size()}
+    data = load_data(recipe.data.model_dump(), seed=settings.seed, sets=given.sets, **world)
     task = task_of(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
     sample = data.sample(max(1, min(2, recipe.data.batch_size // ranks.world_size())))
     per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)
@@ -202,8 +229,14 @@ def assemble(recipe: Recipe, *, teacher_weights: Path | None = None, runtime: Ru
     facts = data.facts(total, settings.seed, settings.accumulate)
 
     torch.manual_seed(mix(settings.seed, INIT))
-    student = _model({"model": recipe.student.model, "weights": recipe.student.weights, **recipe.student.options}, data)
-    teacher = teacher_of(recipe, data, teacher_weights)
+    if given.student is not None:
+        student = model_of(given.student, sample.inputs, data.class_names)
+    else:
+        section = recipe.student
+        student = _model({"model": section.model, "weights": section.weights, **section.options}, data)
+    teacher = teacher_of(recipe, data, teacher_weights, given)
+    if given.data is not None:
+        _require_pixels(sample, student, *([teacher.model] if isinstance(teacher, Live) else []))
     torch.manual_seed(mix(settings.seed, TERMS))
     rebuilds: list[Rebuild] = []
     lender = teacher.model if isinstance(teacher, Live) else None

@@ -2,7 +2,7 @@
 """One run: from a recipe to a trained student in a folder."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from tutelage.core.error import UserError
 from tutelage.core.schedule import Span
 from tutelage.data.load import Splits
 from tutelage.data.loader import Loader
+from tutelage.models import weights
 from tutelage.models.known import untrained
+from tutelage.models.load import load as load_model
 from tutelage.report.dry_run import DryRun
 from tutelage.report.measure import Measures, measure
 from tutelage.report.metric import Metric
@@ -21,6 +23,7 @@ from tutelage.run.assemble import Assembled, assemble
 from tutelage.run.check import check
 from tutelage.run.closing import closing
 from tutelage.run.folder import RunFolder
+from tutelage.run.given import NOTHING, Given
 from tutelage.run.page import run_page
 from tutelage.run.recipe import Recipe, parse
 from tutelage.run.resolve import resolve
@@ -38,11 +41,18 @@ class Result:
         scores: of the student on the validation split, last step (never the best one).
         measures: its size and speed.
         folder: where everything lies.
+        trained: the student, if it is at hand.
     """
 
     scores: Mapping[str, float]
     measures: Measures
     folder: RunFolder
+    trained: Model | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def student(self) -> Model:
+        """The student, on the CPU in eval mode; `student.module` is the plain `torch.nn.Module`."""
+        return self.trained or load_model(f"run:{self.folder.path}")
 
 
 def score(distiller_or_model: Distiller | Model, task: Task, loader: Loader, device: torch.device) -> dict[str, float]:
@@ -96,6 +106,7 @@ def distill(
     quiet: bool = False,
     teacher_folder: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
+    given: Given = NOTHING,
 ) -> Result:
     """Run a recipe in a folder, from where it stopped if it was there before.
 
@@ -106,6 +117,7 @@ def distill(
         quiet: show no progress bar.
         teacher_folder: where the fitted teacher lies or goes; inside the folder by default.
         say: told what was chosen, line by line.
+        given: objects in the place of what the recipe names.
 
     Raises:
         UserError: for whatever is wrong with the recipe, the data or the models.
@@ -117,18 +129,20 @@ def distill(
         done = home.result() if begun else None
         if done is not None:
             say(f"{folder} holds this run, finished; remove the folder to run it again")
-            return Result(done["scores"], Measures(**done["measures"]), home)
-        recipe = home.recipe() if begun else resolve(asked, say)
+            return Result(done["scores"], Measures(**done["measures"]), home, _again(home, given))
+        recipe = home.recipe() if begun else resolve(asked, say, given)
         settings, fitted = recipe.train, None
         if recipe.teacher is not None and recipe.teacher.fit is not None:
             place = teacher_folder or folder / "teacher"
             fit = teacher_recipe(recipe)
             if RunFolder(place).result() is None:
-                rehearse(recipe, runtime)
+                rehearse(recipe, runtime, given)
             runtime.first(lambda: home.claim(asked, recipe))
-            fitted = distill(fit, place, title="teacher", quiet=quiet, say=_as_teacher(say)).folder.weights
+            same = Given(data=given.data)
+            found = distill(fit, place, title="teacher", quiet=quiet, say=_as_teacher(say), given=same)
+            fitted = found.folder.weights
             say(f"teacher: fitted, {headline(RunFolder(place))}")
-        made = assemble(recipe, teacher_weights=fitted, runtime=runtime)
+        made = assemble(recipe, teacher_weights=fitted, runtime=runtime, given=given)
         shelf = Shelf(home.checkpoints) if settings.save_every else None
         newest = shelf.newest if shelf else None
         say_found(made, say)
@@ -156,6 +170,16 @@ def distill(
         return finish(home, made, scores)
 
 
+def _again(home: RunFolder, given: Given) -> Model | None:
+    """Return an object that was given as the student, with the weights of its finished run."""
+    if given.student is None:
+        return None
+    model = Model.of(given.student)
+    weights.fit(model.module, weights.read(home.weights), home.weights)
+    model.module.eval()
+    return model
+
+
 def headline(home: RunFolder) -> str:
     """Return the score of a finished run that says how good it is, in words."""
     result = home.result()
@@ -179,7 +203,7 @@ def left_out(data: Splits) -> Iterator[str]:
             yield f"{split}: {those} skipped as unreadable, such as {name} ({reason})"
 
 
-def rehearse(recipe: Recipe, runtime: Runtime) -> None:
+def rehearse(recipe: Recipe, runtime: Runtime, given: Given = NOTHING) -> None:
     """Build everything of a run once: whatever is wrong shows before anything is trained or written.
 
     Raises:
@@ -187,10 +211,10 @@ def rehearse(recipe: Recipe, runtime: Runtime) -> None:
     """
     if recipe.teacher is not None and recipe.teacher.fit is not None:
         try:
-            rehearse(teacher_recipe(recipe), runtime)
+            rehearse(teacher_recipe(recipe), runtime, Given(data=given.data))
         except UserError as error:
             raise UserError(f"teacher.fit: {str(error).removeprefix('teacher.fit: ')}") from error
-    made = assemble(recipe, runtime=runtime)
+    made = assemble(recipe, runtime=runtime, given=given)
     made.loop(Log(None, quiet=True))
     made.distiller.close()
 
@@ -200,7 +224,8 @@ def say_found(made: Assembled, say: Callable[[str], None]) -> None:
     for rebuild in made.rebuilds:
         say(rebuild.report())
     found, teacher = made.distiller.report, made.recipe.teacher
-    if teacher and not teacher.fit and untrained({"model": teacher.model, "weights": teacher.weights}):
+    named = {"model": teacher.model, "weights": teacher.weights} if teacher else {}
+    if teacher and not teacher.fit and untrained(named):
         say(f"the teacher {teacher.model} is untrained: give teacher.weights, or teacher.fit to train it first")
     known = made.distiller.models
     sources = sorted(found.shapes, key=lambda name: name.partition("@")[0] not in known)
@@ -238,4 +263,4 @@ def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Res
         home.save_result(found)  # last: the sign of a finished run
 
     made.runtime.first(write)
-    return Result(scores, measures, home)
+    return Result(scores, measures, home, student)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quick flags of `tutelage distill` and `train`: they only build a recipe."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tutelage import methods
@@ -16,41 +17,74 @@ DEFAULTS: dict[str, Any] = {
     "train": {"epochs": 30, "decay": "cosine", "warmup": "1 epochs", "clip": 5.0},
 }
 
+NO_SECTIONS: Mapping[str, Any] = MappingProxyType({})
+
 
 def recipe(
     *,
-    student: str | None,
-    data: str | None,
-    teacher: str | None = None,
+    student: str | Mapping[str, Any] | None,
+    data: str | Mapping[str, Any] | None,
+    teacher: str | Mapping[str, Any] | None = None,
     method: str | None = None,
     sets: Sequence[str] = (),
     fit_teacher: bool = True,
+    sections: Mapping[str, Any] = NO_SECTIONS,
 ) -> Recipe:
     """Return the recipe that a few flags stand for.
 
     A teacher without weights, or with another number of classes than the data, is fitted to the data first, or
     refused without `fit_teacher`.
 
+    Args:
+        student: a model, or its section.
+        data: a source, or its section.
+        teacher: a model, or its section.
+        method: methods joined with `+`; `kd` with a teacher, none without.
+        sets: changes of single values, as `--set` takes them.
+        fit_teacher: whether a teacher that needs it is fitted.
+        sections: further sections; those of optimizer and loop lie over `DEFAULTS`.
+
     Raises:
         UserError: naming the flag that is missing or does not fit the others.
     """
     if student is None or data is None:
         raise UserError("give a recipe, or --student and --data (and --teacher): see tutelage distill --help")
-    chosen = method or ("kd" if teacher else None)
+    objective = sections.get("objective")
+    if objective is None:
+        objective = _objective(method, teacher is not None)
+    elif method is not None:
+        raise UserError("give a method or an objective, not both")
+    given: dict[str, Any] = {"student": student, "data": data, "objective": objective, **_over_defaults(sections)}
+    if teacher is not None:
+        section = {"model": teacher} if isinstance(teacher, str) else dict(teacher)
+        given["teacher"] = {"fit": "auto" if fit_teacher else "never", **section}
+    if any(change.startswith("train.steps=") for change in sets):
+        given["train"].pop("epochs", None)
+    return parse(given, sets, where="command line" if not sections else "recipe")
+
+
+def _objective(method: str | None, taught: bool) -> dict[str, Any]:
+    """Return the objective of methods, which must fit to whether there is a teacher."""
+    chosen = method or ("kd" if taught else None)
     stems = [stem.strip() for stem in (chosen or "").split("+") if stem.strip()]
     thirsty = [stem for stem in stems if methods.entry(stem).card.needs_teacher]
-    if thirsty and teacher is None:
+    if thirsty and not taught:
         raise UserError(f"--method {'+'.join(thirsty)} needs a --teacher")
-    if teacher is not None and not thirsty:
+    if taught and not thirsty:
         raise UserError(f"--method {chosen} reads no teacher; leave --teacher out, or add a method that reads one")
-    given = {
-        "student": student,
-        "data": data,
-        "objective": of_methods(chosen or ""),
-        **({"teacher": {"model": teacher, "fit": "auto" if fit_teacher else "never"}} if teacher else {}),
-        **DEFAULTS,
-    }
-    return parse(given, sets, where="command line")
+    return of_methods(chosen or "")
+
+
+def _over_defaults(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Return sections laid over the defaults; another optimizer or length takes the default's place."""
+    found = {key: value for key, value in sections.items() if key != "objective"}
+    for key, default in DEFAULTS.items():
+        section = found.get(key, {})
+        section = {"name": section} if isinstance(section, str) else dict(section)
+        other = section.get("name", default.get("name")) != default.get("name")
+        kept = {} if other else {k: v for k, v in default.items() if not (k == "epochs" and "steps" in section)}
+        found[key] = {**kept, **section}
+    return found
 
 
 def overrides(*, student: str | None, data: str | None, teacher: str | None, method: str | None) -> list[str]:
@@ -92,5 +126,10 @@ def asked(
         return load(name, [*flags, *sets]), Path(name).stem
     fits = fit_teacher is not False
     made = recipe(student=student, data=data, teacher=teacher, method=method, sets=sets, fit_teacher=fits)
-    alone = method is None and teacher is None
-    return made, f"{'alone' if alone else method or 'kd'}-{made.student.model.rpartition(':')[2]}"
+    return made, name_of(made, method)
+
+
+def name_of(made: Recipe, method: str | None) -> str:
+    """Return what a run of a few flags is called: its method and its student."""
+    alone = method is None and made.teacher is None
+    return f"{'alone' if alone else method or 'kd'}-{made.student.model.rpartition(':')[2].rpartition('/')[2]}"

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tutelage.core import Model
 from tutelage.core.error import UserError
 from tutelage.data.augment import pair
 from tutelage.data.load import Splits
@@ -15,6 +16,7 @@ from tutelage.data.loader import UNREADABLE
 from tutelage.data.samples import Composed, Held
 from tutelage.models.known import trained_classes, untrained
 from tutelage.models.load import load as load_model
+from tutelage.run.given import NOTHING, Given
 from tutelage.run.recipe import FitSection, Recipe, TeacherSection
 
 #: What is done to training images that are read from files, where a recipe does not say.
@@ -28,7 +30,7 @@ LENGTH, RATE = 1 / 3, 0.3
 Say = Callable[[str], None]
 
 
-def resolve(recipe: Recipe, say: Say = lambda text: None) -> Recipe:
+def resolve(recipe: Recipe, say: Say = lambda text: None, given: Given = NOTHING) -> Recipe:
     """Return a recipe in which nothing is left open, a function of the recipe, its data and its models.
 
     - `data.image_size`, where images are read from files: what the student wants; for a student of any size the
@@ -40,6 +42,7 @@ def resolve(recipe: Recipe, say: Say = lambda text: None) -> Recipe:
     Args:
         recipe: validated.
         say: told what was decided, line by line.
+        given: objects in the place of what the recipe names; sets of theirs are augmented by themselves.
 
     Raises:
         UserError: for whatever is wrong with the data or the models; if the teacher needs a fit and must not
@@ -50,13 +53,13 @@ def resolve(recipe: Recipe, say: Say = lambda text: None) -> Recipe:
     open_fit = teacher is not None and teacher.fit is not None and (teacher.fit.when != "always" or teacher.weights)
     if section.image_size is not None and section.augment is not None and not open_fit:
         return recipe
-    data = load_data(section.model_dump(), seed=recipe.train.seed)
+    data = load_data(section.model_dump(), seed=recipe.train.seed, sets=given.sets)
     changes: dict[str, Any] = {}
     if not isinstance(data.train.samples, (Held, Composed)):
         say(_counts(recipe, data))
-        if section.image_size is None:
-            changes["image_size"] = _image_size(recipe, data, say)
-        if section.augment is None:
+        if section.image_size is None and not (given.data is not None and len(set(_shapes(data))) == 1):
+            changes["image_size"] = _image_size(recipe, data, say, given)
+        if section.augment is None and given.data is None:
             changes["augment"] = list(AUGMENT)
             say("training images: random resized crop, flip (data.augment)")
     if teacher is not None and open_fit:
@@ -74,20 +77,19 @@ def _counts(recipe: Recipe, data: Splits) -> str:
     )
 
 
-def _image_size(recipe: Recipe, data: Splits, say: Say) -> int | tuple[int, int]:
+def _image_size(recipe: Recipe, data: Splits, say: Say, given: Given) -> int | tuple[int, int]:
     """Return the size to which images are brought: a number for a square."""
-    seen = data.train.samples
-    places = torch.linspace(0, len(seen) - 1, min(LOOKED_AT, len(seen))).long().tolist()
-    shapes = [shape for place in places if (shape := _shape(data, place)) is not None]
-    if not shapes:
-        raise UserError(f"none of {len(places)} images could be read, such as {seen.name(places[0])}")
+    shapes = _shapes(data)
     student = recipe.student
-    model = load_model(
-        {"model": student.model, **student.options},
-        num_classes=data.num_classes,
-        in_channels=shapes[0][0],
-        class_names=data.class_names,
-    )
+    if given.student is not None:
+        model = Model.of(given.student)
+    else:
+        model = load_model(
+            {"model": student.model, **student.options},
+            num_classes=data.num_classes,
+            in_channels=shapes[0][0],
+            class_names=data.class_names,
+        )
     fixed = model.input.size if model.input else None
     native = fixed or pair(model.source.get("native_size") or 224)
     side = median(min(shape[1:]) for shape in shapes)
@@ -101,13 +103,24 @@ def _image_size(recipe: Recipe, data: Splits, say: Say) -> int | tuple[int, int]
     return size[0] if size[0] == size[1] else size
 
 
-def _shape(data: Splits, place: int) -> tuple[int, int, int] | None:
-    """Return channels, height and width of an image, or None if it cannot be read."""
-    try:
-        channels, height, width = data.train.samples.read(place).shape
-    except UNREADABLE:
-        return None  # named when its batch is read
-    return channels, height, width
+def _shapes(data: Splits) -> list[tuple[int, int, int]]:
+    """Return channels, height and width of some images, spread over the set.
+
+    Raises:
+        UserError: if none of them can be read.
+    """
+    seen = data.train.samples
+    places = torch.linspace(0, len(seen) - 1, min(LOOKED_AT, len(seen))).long().tolist()
+    found = []
+    for place in places:
+        try:
+            channels, height, width = seen.read(place).shape
+        except UNREADABLE:
+            continue  # named when its batch is read
+        found.append((channels, height, width))
+    if not found:
+        raise UserError(f"none of {len(places)} images could be read, such as {seen.name(places[0])}")
+    return found
 
 
 def _teacher(recipe: Recipe, teacher: TeacherSection, num_classes: int, say: Say) -> TeacherSection:
