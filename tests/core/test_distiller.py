@@ -106,6 +106,13 @@ def test_the_dry_run_leaves_everything_as_it_was(mode: Any, training: bool) -> N
     torch.testing.assert_close((student.state_dict(), teacher.state_dict(), grads(student)), before, rtol=0, atol=0)
 
 
+def test_an_overwritten_tap_is_reported_with_several_views() -> None:
+    batch = small_batch(views={"strong": images(seed=1)})
+    objective = Objective(far=Distance("bn"), near=Entry(Distance("bn"), student="student@strong"))
+    distiller = distill(objective, sample=batch)
+    assert distiller.report.overwritten == ("student.bn",)
+
+
 def test_a_build_that_fails_leaves_no_hook() -> None:
     student, teacher = seeded(), seeded(1)
     with pytest.raises(UserError, match="no module or role 'mxi' in Small; did you mean mix"):

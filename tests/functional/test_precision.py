@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tutelage.functional.precision import full_precision
 
@@ -61,6 +64,25 @@ def test_autocast_is_off_inside_however_tensors_are_given(how: str) -> None:
         assert (tensor @ tensor).dtype == torch.bfloat16
     assert value.dtype == torch.float32
     torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("how", ["positional", "keyword", "list"])
+def test_autocast_is_turned_off_on_the_device_of_the_tensors(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    devices: list[str] = []
+
+    @contextmanager
+    def autocast(device: str, enabled: bool) -> Iterator[None]:
+        assert not enabled
+        devices.append(device)
+        yield
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        far = torch.empty(3, 3, device="cuda")
+        given: list[Any] = {"positional": [far], "keyword": [2], "list": [None, [far]]}[how]
+        named = {"named": far} if how == "keyword" else {}
+        full_precision(lambda *given, **named: None)(*given, **named)
+    assert devices == ["cuda"]
 
 
 def test_other_arguments_are_left_alone() -> None:
