@@ -47,7 +47,7 @@ class Check:
         dry_run: shapes, layers of the terms, clones and frozen parameters.
         losses: by label.
         teacher: its scores on a few batches, or None without a teacher.
-        inputs: the pixels each model wants, by source.
+        inputs: the pixels or tokens each model wants, by source.
         remarks: what deserves a look, a sentence each.
         seconds: forecast of the whole training.
         steps: of the training.
@@ -128,7 +128,7 @@ def check(made: Assembled) -> Check:
         DryRun.of(distiller),
         losses,
         scores,
-        {name: pixels(model.input) for name, model in models.items()},
+        {name: str(model.text or pixels(model.input)) for name, model in models.items()},
         remarks(distiller, made.task, scores),
         seconds * made.total_steps * loop.accumulate,
         made.total_steps,
