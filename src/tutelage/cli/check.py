@@ -26,9 +26,10 @@ def check(
     from tutelage.run.resolve import resolve
     from tutelage.run.share import settle_shares
 
-    made = assemble(resolve(chosen, remark))
+    resolved = resolve(chosen, remark)
+    made = assemble(resolved)
     settle_shares(made)
-    found = run(made)
+    found = run(made, fitted=resolved.teacher is None or resolved.teacher.fit is None)
     if as_json:
         document(found.plain())
     else:

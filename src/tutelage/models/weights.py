@@ -19,6 +19,10 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 SHOWN = 3
 
 
+class OtherClassesError(UserError):
+    """Weights fit a model but for the number of classes it tells apart."""
+
+
 def read(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file or a state dict.
 
@@ -130,7 +134,7 @@ def fit(
         shapes = [f"{key} is {list(state[key].shape)}, not {list(own[key].shape)}" for key in other]
         problems.append(f"{len(other)} have another shape ({_few(shapes)})")
     if problems and len(problems) == bool(other) and set(other) == set(last):
-        raise UserError(
+        raise OtherClassesError(
             f"weights: {source} are for {len(state[last[0]])} classes, and {num_classes} are wanted; "
             "`head: fresh` keeps the rest and starts the last layer anew"
         )

@@ -18,6 +18,7 @@ from tutelage.data.load import load as load_data
 from tutelage.functional.noise import mix
 from tutelage.models.known import trained_classes, untrained
 from tutelage.models.load import load as load_model
+from tutelage.models.weights import OtherClassesError
 from tutelage.run.given import NOTHING, Given, model_of
 from tutelage.run.objective import build as build_objective
 from tutelage.run.objective import feeders_of, rebuilds_of
@@ -145,7 +146,11 @@ def teacher_of(recipe: Recipe, data: Splits, weights: Path | None, given: Given)
         _require_classes(recipe, spec, data)
         if "class_names" in facts:
             facts["class_names"] = ()  # its own names, if it has any, are held against the data's
-    model = load_model(spec, **facts)
+    try:
+        model = load_model(spec, **facts)
+    except OtherClassesError as error:
+        said = str(error).partition(";")[0]
+        raise UserError(f"teacher: {said}: teacher.fit: auto fits it to the data first") from error
     if model.class_names and data.class_names and tuple(model.class_names) != tuple(data.class_names):
         raise UserError(
             f"the teacher's classes ({_few(model.class_names)}) are not the data's "

@@ -92,11 +92,12 @@ class Check:
         return f"{self.steps} steps, {duration(self.seconds)}{memory}"
 
 
-def check(made: Assembled) -> Check:
+def check(made: Assembled, *, fitted: bool = True) -> Check:
     """Run two training steps and put everything back as it was.
 
     Args:
         made: assembled, untrained.
+        fitted: a teacher that is to be fitted to the data first was.
 
     Raises:
         UserError: if a loss with a weight gives the student no gradient on both steps, or is not finite.
@@ -129,7 +130,7 @@ def check(made: Assembled) -> Check:
         losses,
         scores,
         {name: str(model.text or pixels(model.input)) for name, model in models.items()},
-        remarks(distiller, made.task, scores),
+        remarks(distiller, made.task, scores, fitted=fitted),
         seconds * made.total_steps * loop.accumulate,
         made.total_steps,
         torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
@@ -200,7 +201,9 @@ def pixels(spec: InputSpec | None) -> str:
     return f"{size}, {spec.channels} channels{' (BGR)' if spec.bgr else ''}, mean {mean}, std {std}"
 
 
-def remarks(distiller: Distiller, task: Task, teacher: Mapping[str, float] | None) -> tuple[str, ...]:
+def remarks(
+    distiller: Distiller, task: Task, teacher: Mapping[str, float] | None, *, fitted: bool = True
+) -> tuple[str, ...]:
     """Return what deserves a look before training."""
     said = [
         f"{label}: {caveat}"
@@ -208,7 +211,9 @@ def remarks(distiller: Distiller, task: Task, teacher: Mapping[str, float] | Non
         for caveat in entry.term.caveats(distiller.facts)
     ]
     classes = distiller.facts.num_classes
-    if teacher is not None and classes and teacher.get(task.headline, 1.0) < 1.5 / classes:
+    if not fitted:
+        said.append("the teacher is fitted to the data before the training: what it says here means nothing yet")
+    elif teacher is not None and classes and teacher.get(task.headline, 1.0) < 1.5 / classes:
         score = percent(teacher[task.headline])
         said.append(f"the teacher scores {score} % on a few batches, little more than chance: is it trained?")
     return tuple(said)

@@ -14,7 +14,7 @@ from tutelage.run.recipe import Recipe, load, parse
 #: What a run uses when nothing else is said; everything is written into the run's recipe.
 DEFAULTS: dict[str, Any] = {
     "optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05},
-    "train": {"epochs": 30, "decay": "cosine", "warmup": "1 epochs", "clip": 5.0},
+    "train": {"epochs": 30, "decay": "cosine", "warmup": "1 epochs", "clip": 5.0, "evaluate_every": "1 epochs"},
 }
 
 NO_SECTIONS: Mapping[str, Any] = MappingProxyType({})

@@ -70,7 +70,7 @@ def resolve(recipe: Recipe, say: Say = lambda text: None, given: Given = NOTHING
 def _counts(recipe: Recipe, data: Splits) -> str:
     names = data.class_names
     shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-    apart = f" ({recipe.data.validation_share:.0%} of each class, held out)" if data.held_out else ""
+    apart = f" ({100 * recipe.data.validation_share:g} % of each class, held out)" if data.held_out else ""
     return (
         f"{len(names)} classes ({shown}): {len(data.train.samples)} images to learn from, "
         f"{len(data.validation.samples)} to validate on{apart}"
@@ -135,7 +135,10 @@ def _teacher(recipe: Recipe, teacher: TeacherSection, num_classes: int, say: Say
     elif known not in (None, num_classes):
         lacks = f"{teacher.model} tells {known} classes apart, the data has {num_classes}"
     if fit.when == "never" and lacks:
-        raise UserError(f"teacher: {lacks}, and it must not be fitted to the data; give other teacher.weights")
+        raise UserError(
+            f"teacher: {lacks}, and --no-fit-teacher (teacher.fit: never) forbids to fit it to the data; "
+            "give other teacher.weights"
+        )
     if not lacks:
         return teacher.model_copy(update={"fit": fit if fit.when == "always" else None})
     if teacher.model.startswith("run:"):
@@ -144,7 +147,8 @@ def _teacher(recipe: Recipe, teacher: TeacherSection, num_classes: int, say: Say
     if fit.when == "auto":
         fit = _fit(recipe, fit, trained=known is not None)
         words = {**recipe.train.model_dump(), **fit.train}
-        length = f"{words['epochs']:g} epochs" if "epochs" in fit.train else f"{words['steps']} steps"
+        unit = "epoch" if "epochs" in fit.train else "step"
+        length = f"{words[f'{unit}s']:g} {unit}{'' if words[f'{unit}s'] == 1 else 's'}"
         keeps = " from its weights, with a new last layer" if known is not None else ""
         say(f"{lacks}: it is fitted to the data first{keeps}, {length} (teacher.fit)")
     return TeacherSection.model_validate({**teacher.model_dump(), **teacher.options, **head, "fit": fit.model_dump()})
