@@ -79,9 +79,9 @@ def test_autocast_is_turned_off_on_the_device_of_the_tensors(how: str, monkeypat
     monkeypatch.setattr(torch, "autocast", autocast)
     with FakeTensorMode(allow_non_fake_inputs=True):
         far = torch.empty(3, 3, device="cuda")
-        given: list[Any] = {"positional": [far], "keyword": [2], "list": [None, [far]]}[how]
+        places: dict[str, list[Any]] = {"positional": [far], "keyword": [2], "list": [None, [far]]}
         named = {"named": far} if how == "keyword" else {}
-        full_precision(lambda *given, **named: None)(*given, **named)
+        full_precision(lambda *given, **named: None)(*places[how], **named)
     assert devices == ["cuda"]
 
 
