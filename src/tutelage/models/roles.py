@@ -69,7 +69,8 @@ def find(
     logits = logits_of(output)
     taps: dict[str, Tap] = {}
     modules: dict[str, str] = {}
-    head = _called(root, classifier) or _classifier(root, logits)
+    known = _called(root, classifier)
+    head = _classifier(root, logits) if known is None or isinstance(known.module, nn.Identity) else known
     before = _calls_before(root, head)
     if head is not None:
         modules["classifier"] = head.path
@@ -96,8 +97,8 @@ def logits_of(output: Any) -> Tensor | None:
 
 
 def _called(root: Call, path: str | None) -> Call | None:
-    """Return the last call of a module that does something."""
-    calls = [call for call in root.walk() if call.path == path and not isinstance(call.module, nn.Identity)]
+    """Return the last call of a module."""
+    calls = [call for call in root.walk() if call.path == path]
     return calls[-1] if calls else None
 
 
