@@ -18,10 +18,10 @@ demo: $(STAMP)  ## teacher, student alone, KD, MGD + KD on real digits; prints a
 	$(BIN)/tutelage demo
 
 test: $(STAMP) lint types  ## lint, types and the whole suite
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 verify: $(STAMP)  ## the slow checks: sweeps, inductor, full-scale models
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check --quiet .
