@@ -115,7 +115,7 @@ def dist(
         >>> float(dist(flat, sharp)["inter"]) < 1e-6, float(dist(flat, -sharp)["intra"]) > 1.99
         (True, True)
 
-    Reference: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022, eq. 6-9.
+    Reference: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
     """
     if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
         raise UserError(

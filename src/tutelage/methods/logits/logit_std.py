@@ -66,7 +66,7 @@ def logit_std(logits: Tensor, *, form: Form = "sample", eps: float = 1e-7) -> Te
         >>> logit_std(torch.tensor([[1.0, 2.0, 3.0]]))
         tensor([[-1.0000,  0.0000,  1.0000]])
 
-    Reference: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024, section 4.
+    Reference: Sun et al., Logit Standardization in Knowledge Distillation, CVPR 2024.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise UserError(f"logit_std takes logits [B, K] of two classes or more, not {list(logits.shape)}")

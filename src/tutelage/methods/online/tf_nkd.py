@@ -73,7 +73,7 @@ def tf_nkd(
         >>> tf_nkd(torch.zeros(2, 2), torch.tensor([0, 1]))["target_0"]
         tensor(0.6931)
 
-    Reference: Yang et al., Rethinking Knowledge Distillation via Cross-Entropy, 2022, section 3.
+    Reference: Yang et al., Rethinking Knowledge Distillation via Cross-Entropy, 2022.
     """
     if student_logits.ndim != 2:
         raise UserError(f"tf_nkd takes logits [B, K], not {list(student_logits.shape)}")
