@@ -145,11 +145,9 @@ def distill(
         made = assemble(recipe, teacher_weights=fitted, runtime=runtime, given=given)
         shelf = Shelf(home.checkpoints) if settings.save_every else None
         newest = shelf.newest if shelf else None
-        say_found(made, say)
         if newest is None:
             recipe = settle_shares(made)
-            for line in check(made).brief:
-                say(line)
+        brief = check(made).brief if newest is None else [f"goes on from {newest}"]
         with Log(home.metrics, total=made.total_steps, title=title, quiet=quiet) as log:
             loop = made.loop(
                 log,
@@ -160,8 +158,9 @@ def distill(
             )
             # the first thing written: all of the run was built
             runtime.first(lambda: home.claim(asked, recipe))
-            if newest:
-                say(f"goes on from {newest}")
+            say_found(made, say)
+            for line in brief:
+                say(line)
             scores = loop.run()
         for line in left_out(made.data):
             say(line)
