@@ -31,7 +31,7 @@ from test_golden import method_tests
 from tutelage.core import Batch, Card, Distiller, Draw, Live, Model, Objective, Reads, Signals, Tap, Term
 from tutelage.core import ranks as processes
 from tutelage.core.card import Averages
-from tutelage.core.tap import ROLES, is_role
+from tutelage.core.tap import ROLES, expand, is_role
 from tutelage.functional.precision import full_precision
 from tutelage.methods import cards, catalogue, family, find, module
 
@@ -444,6 +444,10 @@ class Placed(Model):
     def resolve(self, tap: Tap) -> Tap:
         assert isinstance(self.module, Answers)
         return Tap(f"places.{self.module.names.index(tap.name)}")
+
+    def expand(self, tap: Tap) -> tuple[Tap, ...]:
+        assert isinstance(self.module, Answers)
+        return tuple(replace(tap, where=where) for where in expand(tap.where, self.module.names))
 
 
 class Squares:
