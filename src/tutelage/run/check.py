@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two steps of a run before it: what meets what, how strong each loss is, and how long it will take."""
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -156,12 +157,16 @@ def _strengths(
     distiller: Distiller, found: list[dict[str, tuple[float, float]]], device: torch.device
 ) -> dict[str, Strength]:
     objective = distiller.objective
-    values = torch.tensor([[*one.values()] for one in found], dtype=torch.float64).mean(dim=0)
-    means = dict(zip(found[0], ranks.mean(values.to(device)).tolist(), strict=True))
-    weights = {label: objective.final_weight(label) for label in means}
-    for label, (value, gradient) in means.items():
-        if weights[label] and not (torch.tensor([value, gradient]).isfinite().all()):
-            raise UserError(f"objective.{label}: not finite on the first batches (value {value}, gradient {gradient})")
+    weights = {label: objective.final_weight(label) for label in found[0]}
+    steps = ranks.mean(torch.tensor([[*one.values()] for one in found], dtype=torch.float64, device=device))
+    for step in steps.tolist():  # the first one that is not finite spoils all that come after it
+        for label, (value, gradient) in zip(weights, step, strict=True):
+            if weights[label] and not (math.isfinite(value) and math.isfinite(gradient)):
+                raise UserError(
+                    f"objective.{label}: not finite on the first batches (value {value}, gradient {gradient})"
+                )
+    means = dict(zip(weights, steps.mean(dim=0).tolist(), strict=True))
+    for label, (_, gradient) in means.items():
         if weights[label] and gradient == 0 and label != "task":
             raise UserError(
                 f"objective.{label}: its gradient on the student is zero on two steps: it teaches nothing; "

@@ -25,6 +25,7 @@ def schema(kind: type[Any]) -> type[BaseModel]:
     fields: dict[str, Any] = {
         name: (hints.get(name, Any), ... if parameter.default is parameter.empty else parameter.default)
         for name, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)  # of a class without __init__
     }
     config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
     return create_model(kind.__name__, __config__=config, **fields)
