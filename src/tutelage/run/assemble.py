@@ -3,6 +3,7 @@
 
 import inspect
 import math
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -21,7 +22,7 @@ from tutelage.models.load import load as load_model
 from tutelage.models.weights import OtherClassesError
 from tutelage.run.given import NOTHING, Given, model_of
 from tutelage.run.objective import build as build_objective
-from tutelage.run.objective import feeders_of, rebuilds_of
+from tutelage.run.objective import feeders_of, peers_of, rebuilds_of
 from tutelage.run.recipe import Recipe, TaskSection
 from tutelage.train.average import Average
 from tutelage.train.log import Log
@@ -122,6 +123,21 @@ def _model(section: Mapping[str, Any], data: Splits) -> Model:
     return load_model(section, **data.model_facts())
 
 
+def _peers(recipe: Recipe, data: Splits) -> dict[str, Model]:
+    """Return the further students; each one's first weights are a function of the seed and of its name.
+
+    Raises:
+        UserError: on a peer that no term reads.
+    """
+    named, peers = peers_of(recipe.objective), {}
+    for name, section in recipe.peers.items():
+        if name not in named:
+            raise UserError(f"peers.{name}: no term of the objective reads it; name it as a term's student or teacher")
+        torch.manual_seed(mix(recipe.train.seed, INIT, zlib.crc32(name.encode())))
+        peers[name] = _model({"model": section.model, "weights": section.weights, **section.options}, data)
+    return peers
+
+
 def teacher_of(recipe: Recipe, data: Splits, weights: Path | None, given: Given) -> Teacher | None:
     """Return the teacher of a recipe.
 
@@ -201,8 +217,9 @@ def _few(names: Sequence[str]) -> str:
 
 def _read(distiller: Distiller) -> bool:
     """Whether some term reads a teacher."""
-    terms = [entry.term.reads for entry in distiller.objective.entries.values()]
-    return any(reads.teacher or reads.borrows for reads in terms)
+    entries = distiller.objective.entries.values()
+    taught = [entry.term.reads for entry in entries if entry.teacher.partition("@")[0] in distiller.teachers]
+    return any(reads.teacher or reads.borrows for reads in taught)
 
 
 def assemble(
@@ -242,17 +259,19 @@ def assemble(
     teacher = teacher_of(recipe, data, teacher_weights, given)
     if given.data is not None:
         _require_pixels(sample, student, *([teacher.model] if isinstance(teacher, Live) else []))
+    peers = _peers(recipe, data)
     torch.manual_seed(mix(settings.seed, TERMS))
     rebuilds: list[Rebuild] = []
     lender = teacher.model if isinstance(teacher, Live) else None
     for rebuild in rebuilds_of(recipe.objective):
         student = rebuild.begin(student, lender, task, facts, sample)
         rebuilds.append(rebuild)
-    student.module.to(runtime.device)
+    for learner in (student, *peers.values()):
+        learner.module.to(runtime.device)
     for network in teacher.networks() if teacher else ():
         network.to(runtime.device)
     distiller = Distiller(
-        student,
+        {"student": student, **peers},
         build_objective(recipe.objective),
         task=task,
         teacher=teacher,

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutelage import methods
 from tutelage.core.error import UserError
 from tutelage.core.storage import write_text
 from tutelage.report.comparison import Comparison
@@ -17,7 +16,8 @@ from tutelage.report.metric import Metric
 from tutelage.report.table import Table
 from tutelage.run.assemble import task_of
 from tutelage.run.distill import Result, distill, rehearse, teacher_recipe
-from tutelage.run.objective import of_methods
+from tutelage.run.objective import build as build_objective
+from tutelage.run.objective import of_methods, peers_of, rebuilds_of
 from tutelage.run.page import comparison_page
 from tutelage.run.recipe import Recipe, TaskSection, load, read_text
 from tutelage.run.resolve import resolve
@@ -194,16 +194,26 @@ def baselines(recipe: Recipe) -> dict[str, Recipe]:
 
 
 def with_objective(recipe: Recipe, objective: Mapping[str, Any]) -> Recipe:
-    """Return a recipe with another objective; a teacher that no term reads is left out."""
-    stems = [
-        str(block.get("method", label)) if isinstance(block, Mapping) else label
-        for label, block in objective.items()
-        if label != "task"
+    """Return a recipe with another objective; a teacher that no term reads, and peers it does not name, are left out.
+
+    Raises:
+        UserError: if the objective is not valid.
+    """
+    entries = build_objective(objective).entries.values()
+    read = [
+        e
+        for e in entries
+        if e.teacher.partition("@")[0] == "teacher" and (e.term.reads.teacher or e.term.reads.borrows)
     ]
-    cards = methods.cards()
-    reads = any(stem not in cards or cards[stem].needs_teacher for stem in stems)
-    teacher = recipe.teacher if reads else None
-    return recipe.model_copy(update={"compare": None, "objective": dict(objective), "teacher": teacher})
+    named = peers_of(objective)
+    return recipe.model_copy(
+        update={
+            "compare": None,
+            "objective": dict(objective),
+            "teacher": recipe.teacher if read or rebuilds_of(objective) else None,
+            "peers": {name: peer for name, peer in recipe.peers.items() if name in named},
+        }
+    )
 
 
 def asked(

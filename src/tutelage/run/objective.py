@@ -165,6 +165,18 @@ def _roles(section: Mapping[str, Any], role: Any, word: str) -> list[Any]:
     return found
 
 
+def peers_of(section: Mapping[str, Any]) -> list[str]:
+    """Return the students that an objective names beside the first one.
+
+    Example:
+        >>> peers_of({"task": 1.0, "dml": {"student": "student", "teacher": "peer"}})
+        ['peer']
+    """
+    blocks = [block for label, block in section.items() if label != "task" and isinstance(block, Mapping)]
+    named = [str(block[word]).partition("@")[0] for block in blocks for word in ("student", "teacher") if word in block]
+    return [name for name in dict.fromkeys(named) if name not in ("student", "teacher")]
+
+
 def of_methods(text: str) -> dict[str, Any]:
     """Return the objective of methods joined with `+`: each keeps its own weight, the task the smallest.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tutelage import methods
 from tutelage.core.error import UserError
-from tutelage.run.objective import of_methods
+from tutelage.run.objective import of_methods, peers_of
 from tutelage.run.recipe import Recipe, load, parse
 
 #: What a run uses when nothing else is said; everything is written into the run's recipe.
@@ -33,7 +33,7 @@ def recipe(
     """Return the recipe that a few flags stand for.
 
     A teacher without weights, or with another number of classes than the data, is fitted to the data first, or
-    refused without `fit_teacher`.
+    refused without `fit_teacher`. Students that learn from each other are of one kind.
 
     Args:
         student: a model, or its section.
@@ -55,6 +55,8 @@ def recipe(
     elif method is not None:
         raise UserError("give a method or an objective, not both")
     given: dict[str, Any] = {"student": student, "data": data, "objective": objective, **_over_defaults(sections)}
+    if peers := peers_of(objective):
+        given.setdefault("peers", dict.fromkeys(peers, student))
     if teacher is not None:
         section = {"model": teacher} if isinstance(teacher, str) else dict(teacher)
         given["teacher"] = {"fit": "auto" if fit_teacher else "never", **section}
@@ -67,7 +69,8 @@ def _objective(method: str | None, taught: bool) -> dict[str, Any]:
     """Return the objective of methods, which must fit to whether there is a teacher."""
     chosen = method or ("kd" if taught else None)
     stems = [stem.strip() for stem in (chosen or "").split("+") if stem.strip()]
-    thirsty = [stem for stem in stems if methods.entry(stem).card.needs_teacher]
+    entries = [methods.entry(stem) for stem in stems]
+    thirsty = [entry.stem for entry in entries if entry.card.needs_teacher and not peers_of(entry.objective)]
     if thirsty and not taught:
         raise UserError(f"--method {'+'.join(thirsty)} needs a --teacher")
     if taught and not thirsty:

@@ -169,12 +169,13 @@ class CompareSection(Section):
 
 
 class Recipe(Section):
-    """One run."""
+    """One run. `peers` are further students by name, which learn with the first one and are not kept."""
 
     paper: Paper | None = None
     task: TaskSection = TaskSection()
     teacher: TeacherSection | None = None
     student: StudentSection
+    peers: dict[str, StudentSection] = Field(default_factory=dict)
     data: DataSection
     objective: dict[str, Any] = Field(default_factory=lambda: {"task": 1.0})
     optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection.model_validate({}))
@@ -319,9 +320,12 @@ def _based(path: Path) -> dict[str, Any]:
 
 def _long(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return a recipe's mapping with sections that were written as one word written out."""
-    return {
+    found = {
         key: {WORDS[key]: value} if key in WORDS and isinstance(value, str) else value for key, value in given.items()
     }
+    if isinstance(peers := found.get("peers"), Mapping):
+        found["peers"] = {name: {"model": peer} if isinstance(peer, str) else peer for name, peer in peers.items()}
+    return found
 
 
 def _another(section: str, above: Mapping[str, Any], below: Mapping[str, Any]) -> bool:
