@@ -44,7 +44,7 @@ Form = Literal["l2", "l1"]
 def sp(student_features: Tensor, teacher_features: Tensor, *, form: Form = "l2", gather: bool = False) -> Tensor:
     """Return the distance of the two similarity matrices.
 
-        A = F F^T, each row divided by its norm; L = 1 / B^2 * || A_s - A_t ||^2        (eq. 1-4)
+        A = F F^T, each row divided by its norm; L = 1 / B^2 * || A_s - A_t ||^2
 
     Convention:
         - F is the batch with each sample flattened; both models see the same samples in the same order
