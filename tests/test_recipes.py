@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every recipe that comes with the package: it reads, resolves and builds; what it compares takes two steps."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tutelage import methods
+from tutelage.core import Batch, Distiller, Facts, Live, Model
+from tutelage.models.load import load as load_model
+from tutelage.run.assemble import assemble, task_of
+from tutelage.run.compare import arms_of
+from tutelage.run.distill import teacher_recipe
+from tutelage.run.objective import build, feeders_of, rebuilds_of
+from tutelage.run.recipe import SHIPPED, load, parse, read_yaml, shipped
+from tutelage.train.log import Log
+
+NAMES = tuple(shipped())
+DEMOS = tuple(name for name in NAMES if load(name).compare is not None)
+#: Classes, channels and side of the images, by kind of data.
+IMAGES = {"digits": (10, 1, 8), "cifar10": (10, 3, 32), "cifar100": (100, 3, 32), "folder": (1000, 3, 224)}
+
+
+def test_all_of_them_are_found() -> None:
+    files = {path.relative_to(SHIPPED).with_suffix("").as_posix() for path in SHIPPED.rglob("*") if path.is_file()}
+    assert set(NAMES) == files
+    assert "kd/demo" in DEMOS
+    assert "tour" in DEMOS
+
+
+def test_every_method_that_has_a_folder_has_a_demo_of_itself() -> None:
+    folders = {path.name for path in SHIPPED.iterdir() if path.is_dir()} & set(methods.catalogue())
+    for stem in folders:
+        found = load(f"{stem}/demo").compare
+        assert found is not None
+        arms = [
+            set(objective) | {str(v.get("method")) for v in objective.values() if isinstance(v, dict)}
+            for objective in found.arms.values()
+        ]
+        assert next(iter(found.arms)) == "alone"
+        assert any(stem in labels for labels in arms), stem
+        assert len(found.seeds) >= 5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_reads_and_resolves(name: str) -> None:
+    path = shipped()[name]
+    assert path.read_text().startswith("# "), "the head of a recipe says what it is"
+    assert "base" not in load(name).plain()
+    before = load(name)
+    again = parse(read_yaml(before.text(), name))
+    assert again.plain() == before.plain()
+    yaml.safe_load(before.text())
+    if before.teacher is not None and before.teacher.fit is not None:
+        fitted = teacher_recipe(before)
+        assert fitted.student.model == before.teacher.model
+        assert fitted.objective == {"task": 1.0}
+    for value in before.expected.values():
+        assert "ours" in value, "a published number stands beside ours"
+
+
+@cache
+def built(spec: tuple[tuple[str, Any], ...], classes: int, channels: int, side: int, place: str) -> Model:
+    """Return a model without weights, kept for the next recipe that has it in the same place."""
+    options: dict[str, Any] = {"num_classes": classes, "in_channels": channels, "image_size": (side, side)}
+    try:
+        with torch.device("meta"):
+            return load_model(dict(spec), **options)
+    except NotImplementedError:  # its constructor computes with tensors
+        return load_model(dict(spec), **options)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in DEMOS])
+def test_its_models_meet_its_objective(name: str) -> None:
+    recipe = load(name)
+    classes, channels, side = IMAGES[recipe.data.source.partition(":")[0]]
+    if isinstance(recipe.data.image_size, int):
+        side = recipe.data.image_size
+    models = {}
+    for place in ("student", "teacher"):
+        section = getattr(recipe, place)
+        if section is not None:
+            spec = tuple({"model": section.model, **section.options}.items())
+            models[place] = built(spec, classes, channels, side, place)
+    student, teacher = models["student"], models.get("teacher")
+    device = next(student.module.parameters()).device
+    task = task_of(recipe.task, num_classes=classes, class_names=())
+    facts = Facts(classes, num_samples=50, steps_per_epoch=10, total_steps=100)
+    with torch.device(device):
+        sample = Batch.of(torch.zeros(2, channels, side, side), torch.tensor([0, 1]))
+        for rebuild in rebuilds_of(recipe.objective):
+            student = rebuild.begin(student, teacher, task, facts, sample)
+        distiller = Distiller(
+            student,
+            build(recipe.objective),
+            task=task,
+            teacher=Live(teacher) if teacher is not None else None,
+            sample=sample,
+            facts=facts,
+            feeders=feeders_of(recipe.objective),
+        )
+    assert distiller.param_groups()
+    distiller.close()
+
+
+@pytest.mark.parametrize("name", DEMOS)
+def test_its_arms_take_two_steps(name: str) -> None:
+    recipe = load(name)
+    parts: list[set[str]] = []
+    for arm, one in arms_of(recipe).items():
+        if one.objective == {"task": 1.0} and name != "tour":  # the same in all of them
+            parts.append({"task"})
+            continue
+        teacher = one.teacher.model_copy(update={"fit": None}) if one.teacher else None
+        made = assemble(one.model_copy(update={"teacher": teacher}))
+        loop = made.loop(Log(None, quiet=True))
+        loop.begin()
+        steps = loop._steps()
+        losses = [loss for _ in range(2) for loss in loop.step(next(steps))]
+        assert all(bool(loss.total.isfinite()) for loss in losses), arm
+        parts.append(set(losses[0].parts))
+        made.distiller.close()
+    assert parts[0] == {"task"}
+    assert all(one != parts[0] for one in parts[1:])
+
+
+def test_the_folder_of_recipes_holds_recipes_alone() -> None:
+    assert not [path for path in Path(SHIPPED).rglob("*") if path.is_file() and path.suffix != ".yaml"]
