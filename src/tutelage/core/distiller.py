@@ -265,15 +265,16 @@ class Distiller(nn.Module):
         return tuple(sorted(unreached))
 
     def _losses(self, sources: Mapping[str, Signals], batch: Batch) -> dict[str, Tensor]:
-        """Return the task's loss over all students and each term, before any weight."""
+        """Return the task's loss over all students and each term, before any weight, as in the last step."""
         tasks: list[Tensor] = []
         for name in self.models:
             loss = self.task.loss(sources[name].output, batch)
             tasks += [loss] if isinstance(loss, Tensor) else loss.values()
         losses = {"task": sum(tasks[1:], tasks[0])}
+        last = max(self.step, self.facts.total_steps - 1)  # a term may change with the step, as weights do
         for label in self.objective.entries:
             pair = self.objective.pair(label, sources, self.models)
-            parts = list(self.objective.compare(label, *pair, batch, self.step)[0].values())
+            parts = list(self.objective.compare(label, *pair, batch, last)[0].values())
             losses[label] = sum(parts[1:], parts[0])
         return losses
 
