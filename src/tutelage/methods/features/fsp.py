@@ -114,7 +114,8 @@ def flow(first: Tensor, second: Tensor, *, form: Form = "mean") -> Tensor:
         first = pool(first, (rows, columns))
     elif (height, width) < (rows, columns):
         second = pool(second, (height, width))
-    return first.flatten(2) @ second.flatten(2).mT / first[0, 0].numel()
+    one, other = first.flatten(2), second.flatten(2)
+    return one @ other.mT / one.shape[2]
 
 
 @final
