@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Language models of a few thousand weights, and batches of numbers that pass for text."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,3 +45,18 @@ def text_batch(rows: int = 4, *, seed: int = 0, lengths: tuple[int, ...] = ()) -
         labelled=asked,
         extra={"token_mask": asked, "prompt": torch.zeros(rows, dtype=torch.long)},
     )
+
+
+def words_folder(folder: Path, words: Sequence[str]) -> str:
+    """Write the tokenizer of a few words, with padding, unknown, end and mask, and return its folder."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[END]", "mask_token": "[MASK]"}
+    plain = Tokenizer(WordLevel({word: n for n, word in enumerate([*special.values(), *words])}, "[UNK]"))
+    plain.pre_tokenizer = Whitespace()
+    folder.mkdir(parents=True, exist_ok=True)
+    PreTrainedTokenizerFast(tokenizer_object=plain, **special).save_pretrained(str(folder))
+    return str(folder)

@@ -67,8 +67,8 @@ class Bytes:
         return torch.from_numpy(np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64))
 
     def decode(self, ids: Tensor) -> str:
-        """Return the text of ids; bytes that are no UTF-8 are shown as replacement characters."""
-        return bytes(ids[ids < 256].tolist()).decode("utf-8", errors="replace")
+        """Return the text of ids; what is no byte is left out, what is no UTF-8 replaced."""
+        return bytes(ids[(ids >= 0) & (ids < 256)].tolist()).decode("utf-8", errors="replace")
 
 
 @final

@@ -146,6 +146,8 @@ def _transformers(place: str, options: Mapping[str, Any], text: TextSpec, pretra
             module: nn.Module = kind.from_pretrained(place, local_files_only=here, **options)
         else:
             module = kind.from_config(_configuration(AutoConfig, place, here, options, text))
+    except UserError:
+        raise
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"hf:{place}: {str(error).splitlines()[0]}") from error
     _check_vocabulary(module, place, here or whole, text)

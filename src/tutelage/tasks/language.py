@@ -92,7 +92,8 @@ class Language:
 
     def _losses(self, output: Any, batch: Batch, label_smoothing: float = 0.0) -> Tensor:
         logits = self.logits(output)
-        if not isinstance(batch.target, Tensor) or logits.shape[:-1] != batch.target.shape:
+        fits = isinstance(batch.target, Tensor) and logits.ndim == 3 and logits.shape[:-1] == batch.target.shape
+        if not fits:
             given = list(getattr(batch.target, "shape", ())) or type(batch.target).__name__
             raise UserError(
                 f"language needs a target [B, L] for logits [B, L, V]: the targets are {given}, the logits "
