@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The few architectures that no library carries: `tutelage:NAME`.
 
-A family is one file of this folder with a class and a table `ARCHITECTURES` of constructors by name.
+A family is one file of `networks/` with a class and a table `ARCHITECTURES` of constructors by name.
 """
 
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 
 from torch import nn
 
@@ -13,8 +15,11 @@ from tutelage.core.error import UserError, nearest
 from tutelage.models import cifar
 from tutelage.models.source import Built, Wanted, by_channels
 
+FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "networks").glob("[!_]*.py"))
 #: Constructors by name, of all families.
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {**cifar.ARCHITECTURES}
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = dict(cifar.ARCHITECTURES)
+for _family in FAMILIES:
+    ARCHITECTURES |= import_module(f"tutelage.models.networks.{_family}").ARCHITECTURES
 #: The constants that published weights of these networks were trained with; other channel counts are centred.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -31,9 +36,7 @@ def build(wanted: Wanted) -> Built:
     if wanted.pretrained:
         raise UserError(f"tutelage:{name} comes without weights: give a file as `weights`")
     try:
-        module = ARCHITECTURES[name](
-            **wanted.options, num_classes=wanted.num_classes or 10, in_channels=channels
-        )
+        module = ARCHITECTURES[name](**wanted.options, num_classes=wanted.num_classes or 10, in_channels=channels)
     except TypeError as error:
         raise UserError(f"tutelage:{name}: {error}") from error
     mean, std = (MEAN, STD) if channels == 3 else (by_channels((0.5,), channels),) * 2
