@@ -180,7 +180,7 @@ def test_a_look_is_undone_even_if_it_fails() -> None:
     def spoil() -> None:
         with untouched(made), torch.no_grad():
             for parameter in made.distiller.parameters():
-                parameter += 1.0
+                parameter.add_(1.0)
             made.distiller.step = 7
             torch.rand(3)
             raise ZeroDivisionError
