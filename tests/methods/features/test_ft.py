@@ -219,6 +219,12 @@ def test_the_paraphraser_stands_still_once_it_has_learned() -> None:
     assert seen == [(True, False)] * 3 + [(False, True)] * 3
 
 
+def test_the_paraphrasers_own_rate() -> None:
+    groups = case(lr=0.01).built().param_groups()
+    assert [(group.get("lr"), group.get("weight_decay")) for group in groups] == [(0.01, 0.0), (None, None)]
+    assert "lr" not in case().built().param_groups()[0]
+
+
 # odd cases
 
 
@@ -261,6 +267,7 @@ def test_half_precision_extremes(form: Any, dtype: torch.dtype) -> None:
     [
         ({"rate": 0}, "rate must be > 0, not 0"),
         ({"form": "l1"}, "form 'l1' is not known; valid: attention, l2, paper"),
+        ({"lr": 0.0}, "lr must be > 0, not 0.0"),
         ({"pretraining": 1.0}, "pretraining is a share of the run in [0, 1), not 1.0"),
     ],
 )

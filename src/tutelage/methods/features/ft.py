@@ -110,6 +110,8 @@ class FT(Term):
         rate: width of the factor as a share of the teacher's (k).
         form: see :func:`ft`.
         pretraining: share of the run's steps in which the paraphraser learns and the student does not.
+        lr: learning rate of the paraphraser; None takes the optimizer's (published: 0.01 for residual networks,
+            a fifth of the student's).
         student_tap: a map of the student.
         teacher_tap: a map of the teacher, of the same height and width.
     """
@@ -120,6 +122,7 @@ class FT(Term):
         rate: float = 0.5,
         form: Form = "paper",
         pretraining: float = 0.111,
+        lr: float | None = None,
         student_tap: str | Mapping[str, Any] | Tap = "map",
         teacher_tap: str | Mapping[str, Any] | Tap = "map",
     ) -> None:
@@ -130,7 +133,9 @@ class FT(Term):
             raise UserError(f"form {form!r} is not known; valid: {', '.join(FORMS)}")
         if not 0 <= pretraining < 1:
             raise UserError(f"pretraining is a share of the run in [0, 1), not {pretraining}")
-        self.rate, self.pretraining = rate, pretraining
+        if lr is not None and lr <= 0:
+            raise UserError(f"lr must be > 0, not {lr}")
+        self.rate, self.pretraining, self.lr = rate, pretraining, lr
         self.form: Form = form
         self.student_tap, self.teacher_tap = Tap.parse(student_tap), Tap.parse(teacher_tap)
 
@@ -159,7 +164,11 @@ class FT(Term):
     def param_groups(self) -> list[dict[str, Any]]:
         """Return the paraphraser without weight decay, which would go on moving it when it has learned."""
         paraphraser = [*self.encoder.parameters(), *self.decoder.parameters()]
-        return [{"params": paraphraser, "weight_decay": 0.0}, {"params": list(self.translator.parameters())}]
+        own = {} if self.lr is None else {"lr": self.lr}
+        return [
+            {"params": paraphraser, "weight_decay": 0.0, **own},
+            {"params": list(self.translator.parameters())},
+        ]
 
     def draw(self, student: Signals, teacher: Signals | None, batch: Batch, draw: Draw) -> Tensor:
         """Return 0 while the paraphraser learns and 1 afterwards: a function of the step."""
