@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_recipe import KD_MGD, MODEL
+from tutelage.core import Live
+from tutelage.core.error import UserError
+from tutelage.run.assemble import assemble
+from tutelage.run.distill import distill, rehearse, teacher_recipe
+from tutelage.run.recipe import Recipe, parse
+from tutelage.train.log import Log
+from tutelage.train.runtime import Runtime
+
+
+@pytest.fixture(autouse=True)
+def model() -> None:
+    Path("model.py").write_text(MODEL)
+
+
+def tiny(**sections: Any) -> Recipe:
+    """Return the tiny recipe with keys of its sections changed."""
+    made = dict(KD_MGD)
+    for key, value in sections.items():
+        made[key] = {**made[key], **value}
+    return parse(made)
+
+
+# --- what is assembled -------------------------------------------------------------------------------------
+
+
+def test_first_weights_are_a_function_of_the_seed_and_of_nothing_else() -> None:
+    def first(recipe: Recipe, noise: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(noise)
+        return {name: tensor.clone() for name, tensor in assemble(recipe).student.module.state_dict().items()}
+
+    taught = first(tiny(), 0)
+    alone = first(parse({**KD_MGD, "teacher": None, "objective": {"task": 1.0}}), 99)
+    seeded = first(tiny(train={"seed": 1}), 0)
+    assert all(torch.equal(taught[name], alone[name]) for name in taught)
+    assert not torch.equal(taught["0.weight"], seeded["0.weight"])
+
+
+def test_lengths_are_counted_in_optimizer_steps() -> None:
+    by_epochs = assemble(tiny(train={"steps": None, "epochs": 2, "accumulate": 5}))
+    assert by_epochs.data.train.steps_per_epoch == 12  # 1197 samples, 100 a batch
+    assert (by_epochs.steps_per_epoch, by_epochs.total_steps) == (3, 6)
+    assert assemble(tiny(train={"steps": None, "epochs": 0.01})).total_steps == 1
+    assert assemble(tiny()).total_steps == 4
+
+
+def test_decay_spares_vectors_unless_told_otherwise() -> None:
+    def decays(**optimizer: Any) -> dict[int, set[float]]:
+        loop = assemble(tiny(optimizer=optimizer)).loop(Log(None, quiet=True))
+        found: dict[int, set[float]] = {}
+        for group in loop.optimizer.param_groups:
+            for parameter in group["params"]:
+                found.setdefault(min(parameter.ndim, 2), set()).add(group["weight_decay"])
+        return found
+
+    assert decays(weight_decay=0.1) == {1: {0.0}, 2: {0.1}}
+    assert decays(weight_decay=0.1, decay_norms=True) == {1: {0.1}, 2: {0.1}}
+
+
+def test_every_setting_of_the_loop_arrives() -> None:
+    train = {
+        "accumulate": 3,
+        "clip": 0.5,
+        "ema": 0.9,
+        "precision": "bf16",
+        "seed": 11,
+        "log_every": 7,
+        "decay": "multistep",
+        "milestones": [1, 2],
+        "gamma": 0.3,
+        "end": 0.2,
+        "warmup": "0.5 epochs",
+    }
+    made = assemble(tiny(train=train))
+    loop = made.loop(Log(None, quiet=True))
+    assert (loop.accumulate, loop.clip, loop.seed, loop.log_every) == (3, 0.5, 11, 7)
+    assert loop.average is not None
+    assert loop.average.decay == 0.9
+    assert loop.runtime.precision == "bf16"
+    assert (loop.rate.decay, tuple(loop.rate.milestones), loop.rate.gamma, loop.rate.end) == (
+        "multistep",
+        (1, 2),
+        0.3,
+        0.2,
+    )
+    assert loop.rate.warmup == 0.5 * made.steps_per_epoch == 2
+    assert loop.distiller.facts.seed == 11
+    assert loop.distiller.facts.steps_per_epoch == 4
+
+
+def test_the_mode_of_the_teacher_arrives() -> None:
+    made = assemble(tiny(teacher={"mode": "batch_statistics"}))
+    teacher = made.distiller.teachers["teacher"]
+    assert isinstance(teacher, Live)
+    assert teacher.mode == "batch_statistics"
+
+
+# --- the fit of a teacher ----------------------------------------------------------------------------------
+
+
+def test_a_fit_is_the_recipe_of_the_task_with_its_changes() -> None:
+    fit = {"data": {"labels": 100}, "optimizer": {"lr": 0.5}, "train": {"epochs": 3}}
+    found = teacher_recipe(tiny(teacher={"fit": fit}, train={"seed": 4, "clip": 2.0}))
+    assert (found.student.model, found.student.options) == ("python:model.py:small", {"width": 6})
+    assert found.teacher is None
+    assert found.objective == {"task": 1.0}
+    assert (found.data.labels, found.data.batch_size) == (100, 100)
+    assert (found.optimizer.name, found.optimizer.lr) == ("adamw", 0.5)
+    assert (found.train.epochs, found.train.steps, found.train.clip) == (3, None, 2.0)
+    assert found.train.seed == 0, "one teacher for all seeds of the student"
+
+
+def test_another_optimizer_takes_no_options_of_the_students() -> None:
+    recipe = tiny(optimizer={"betas": [0.8, 0.9]}, teacher={"fit": {"optimizer": {"name": "sgd", "lr": 0.2}}})
+    assert teacher_recipe(recipe).optimizer.model_dump(exclude_defaults=True) == {"lr": 0.2}
+
+
+def test_a_run_with_a_fit_is_rehearsed_before_the_teacher_is_trained() -> None:
+    late = tiny(teacher={"fit": {"train": {"steps": 2}}}, objective={"mgd": {"weight": 1.0, "student_tap": "nowhere"}})
+    with pytest.raises(UserError, match="no module or role 'nowhere'"):
+        distill(late, Path("run"), quiet=True)
+    assert not Path("run").exists()
+    rehearse(tiny(teacher={"fit": {"train": {"steps": 2}}}), Runtime("cpu"))
+    assert not Path("run").exists()
+
+
+def test_a_teacher_may_be_fitted_once_for_several_runs() -> None:
+    recipe = tiny(teacher={"fit": {"train": {"steps": 2}}})
+    for name in ("one", "two"):
+        distill(recipe, Path(name), quiet=True, teacher_folder=Path("teacher"))
+    assert Path("teacher/student.safetensors").exists()
+    assert not Path("one/teacher").exists()
+    assert Path("one/student.safetensors").read_bytes() == Path("two/student.safetensors").read_bytes()
+
+
+# --- the run -----------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_runs_of_their_own() -> None:
+    for seed in (0, 1):
+        distill(tiny(train={"seed": seed}), Path(f"seed-{seed}"), quiet=True)
+    assert Path("seed-0/student.safetensors").read_bytes() != Path("seed-1/student.safetensors").read_bytes()
+
+
+def test_what_is_said_is_handed_to_the_caller(capsys: pytest.CaptureFixture[str]) -> None:
+    said: list[str] = []
+    result = distill(tiny(), Path("run"), quiet=True, say=said.append)
+    assert "student reads map [2, 4, 4, 4], logits [2, 10]" in said
+    assert capsys.readouterr() == ("", "")
+    assert result.folder.path == Path("run")
+    assert result.scores == result.folder.result()["scores"]  # type: ignore[index]
+    said.clear()
+    again = distill(tiny(), Path("run"), quiet=True, say=said.append)
+    assert said == ["run holds this run, finished; remove the folder to run it again"]
+    assert again.scores == result.scores
+
+
+def test_hooks_are_gone_when_a_run_ends() -> None:
+    made = assemble(tiny())
+    assert any(module._forward_hooks for module in made.student.module.modules())
+    student = made.settled()
+    assert not any(module._forward_hooks for module in student.module.modules())
