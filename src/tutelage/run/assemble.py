@@ -22,7 +22,7 @@ from tutelage.models.load import load as load_model
 from tutelage.models.weights import OtherClassesError
 from tutelage.run.given import NOTHING, Given, model_of
 from tutelage.run.objective import build as build_objective
-from tutelage.run.objective import feeders_of, peers_of, rebuilds_of
+from tutelage.run.objective import checked, feeders_of, peers_of, rebuilds_of
 from tutelage.run.recipe import Recipe, TaskSection
 from tutelage.train.average import Average
 from tutelage.train.log import Log
@@ -112,10 +112,7 @@ def task_of(section: TaskSection, **known: Any) -> Task:
     module = import_module(f"tutelage.tasks.{section.name}")
     kind = next(v for v in vars(module).values() if getattr(v, "name", None) == section.name)
     accepted = inspect.signature(kind).parameters
-    for option in section.options:
-        if option not in accepted:
-            raise UserError(f"task.{option}: unknown option of {section.name}{nearest(option, accepted)}")
-    task: Task = kind(**{k: v for k, v in known.items() if k in accepted}, **section.options)
+    task: Task = checked(kind, {**{k: v for k, v in known.items() if k in accepted}, **section.options}, "task")
     return task
 
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The quick flags of `tutelage distill` and `train`: they only build a recipe."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -69,8 +70,7 @@ def _objective(method: str | None, taught: bool) -> dict[str, Any]:
     """Return the objective of methods, which must fit to whether there is a teacher."""
     chosen = method or ("kd" if taught else None)
     stems = [stem.strip() for stem in (chosen or "").split("+") if stem.strip()]
-    entries = [methods.entry(stem) for stem in stems]
-    thirsty = [entry.stem for entry in entries if entry.card.needs_teacher and not peers_of(entry.objective)]
+    thirsty = [stem for stem in stems if methods.needs_teacher(stem)]
     if thirsty and not taught:
         raise UserError(f"--method {'+'.join(thirsty)} needs a --teacher")
     if taught and not thirsty:
@@ -90,12 +90,21 @@ def _over_defaults(sections: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def overrides(*, student: str | None, data: str | None, teacher: str | None, method: str | None) -> list[str]:
-    """Return the flags as changes to a recipe that was given too."""
+def overrides(
+    before: Recipe, *, student: str | None, data: str | None, teacher: str | None, method: str | None
+) -> list[str]:
+    """Return the flags as changes to a recipe that was given too.
+
+    Another model takes none of the options and weights of the recipe's; another teacher is fitted if it needs it.
+    """
     if method is not None:
         raise UserError("--method belongs to the quick form; a recipe has its objective: change it with --set")
-    places = {"student.model": student, "data.source": data, "teacher.model": teacher}
-    return [f"{place}={value}" for place, value in places.items() if value is not None]
+    changes = [f"data.source={json.dumps(data)}"] if data is not None else []
+    if student is not None and student != before.student.model:
+        changes.append(f"student={json.dumps({'model': student})}")
+    if teacher is not None and (before.teacher is None or teacher != before.teacher.model):
+        changes.append(f"teacher={json.dumps({'model': teacher, 'fit': 'auto'})}")
+    return changes
 
 
 def asked(
@@ -123,7 +132,7 @@ def asked(
         UserError: as `recipe` and `tutelage.run.recipe.load` do.
     """
     if name is not None:
-        flags = overrides(student=student, data=data, teacher=teacher, method=method)
+        flags = overrides(load(name), student=student, data=data, teacher=teacher, method=method)
         if fit_teacher is not None:
             flags.append(f"teacher.fit={'auto' if fit_teacher else 'never'}")
         return load(name, [*flags, *sets]), Path(name).stem
