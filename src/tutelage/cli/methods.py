@@ -36,7 +36,7 @@ def methods(
     for family, entries in groupby(found, key=lambda entry: entry.family):
         print(family)
         for entry in entries:
-            teacher = "" if entry.card.needs_teacher else "  (no teacher)"
+            teacher = "" if catalogue.needs_teacher(entry.stem) else "  (no teacher)"
             print(f"  {entry.stem:{width}}  {entry.card.title} ({published(entry.card)}){teacher}")
         print()
     print(f"{len(found)} methods. `tutelage methods STEM` shows one, `tutelage demo STEM` tries it.")

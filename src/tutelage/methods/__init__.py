@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The catalogue of methods, read from this folder: a file's stem is the method's name everywhere."""
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -47,6 +48,18 @@ def entry(stem: str) -> Entry:
     if found is None:
         raise UserError(f"unknown method {stem!r}{nearest(stem, catalogue())}")
     return found
+
+
+def needs_teacher(stem: str) -> bool:
+    """Return whether a method needs a teacher beside its students, which may teach each other or themselves.
+
+    Raises:
+        UserError: if no file has this stem.
+    """
+    found = entry(stem)
+    blocks = [block for label, block in found.objective.items() if label != "task"]
+    places = [block.get("teacher", "teacher") if isinstance(block, Mapping) else "teacher" for block in blocks]
+    return found.card.needs_teacher and "teacher" in places
 
 
 def module(name: str) -> ModuleType:
