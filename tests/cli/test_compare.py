@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arms over seeds, and the reports of what has run."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_recipe import Told, recipe, tree, tutelage
+
+CAPSYS = pytest.CaptureFixture[str]
+
+
+def compared(capsys: CAPSYS, *more: str) -> Told:
+    path = recipe({"train.steps": 2}, objective={"task": 0.5, "kd": 0.5})
+    return tutelage(capsys, "compare", path, "--methods", "kd", "--seeds", "0,1", "--out", "all", *more)
+
+
+# --- compare -----------------------------------------------------------------------------------------------------
+
+
+def test_the_student_alone_is_always_among_them(capsys: CAPSYS) -> None:
+    told = compared(capsys)
+    assert told.code == 0
+    found = json.loads(Path("all/comparison.json").read_text())
+    assert list(found["scores"]) == ["alone", "label smoothing", "kd"]
+    assert all(set(scores) == {"0", "1"} for scores in found["scores"].values())
+    assert found["runs"]["kd"] == {"0": "kd-0", "1": "kd-1"}
+    assert [line for line in told.err if line.startswith("kd, seed 1: top-1 accuracy ")]
+    assert told.out[-1] == "all/report.html"
+    for arm, scores in found["scores"].items():
+        for seed, score in scores.items():
+            result = json.loads(Path("all", found["runs"][arm][seed], "result.json").read_text())
+            assert result["scores"]["top1"] == score
+
+
+def test_arms_of_one_seed_begin_alike_and_seeds_differ(capsys: CAPSYS) -> None:
+    compared(capsys, "--set", "optimizer.lr=1e-12", "--quiet")
+    states = {name: load_file(f"all/{name}/student.safetensors") for name in ("alone-0", "kd-0", "kd-1")}
+    assert torch.allclose(states["alone-0"]["0.weight"], states["kd-0"]["0.weight"], atol=1e-6)
+    assert not torch.allclose(states["kd-0"]["0.weight"], states["kd-1"]["0.weight"], atol=1e-2)
+
+
+def test_what_has_run_is_not_run_again(capsys: CAPSYS) -> None:
+    first = compared(capsys, "--json").document
+    before = {name: text for name, text in tree("all").items() if name.endswith(("metrics.jsonl", "safetensors"))}
+    Path("all/kd-1/result.json").unlink()  # as if it had been stopped
+    Path("all/comparison.json").unlink()
+    second = compared(capsys, "--json").document
+    assert first["scores"] == second["scores"]
+    after = tree("all")
+    assert all(after[name] == text for name, text in before.items())
+
+
+def test_a_fault_of_one_arm_shows_before_any_trains(capsys: CAPSYS) -> None:
+    told = tutelage(capsys, "compare", recipe(), "--methods", "kd,mdg", "--out", "all")
+    assert (told.code, told.err) == (2, ["tutelage: unknown method 'mdg'; did you mean mgd?"])
+    flat = recipe(student={"model": "python:model.py:flat"})
+    told = tutelage(capsys, "compare", flat, "--methods", "kd,mgd", "--out", "all")
+    assert told.code == 2
+    assert told.err[0].startswith("tutelage: arm 'mgd': ")
+    assert "Flat has no role 'map'" in told.err[0]
+    assert not Path("all").exists()
+
+
+@pytest.mark.parametrize(("seeds", "said"), [("a", "--seeds takes numbers"), ("0,x", "--seeds takes numbers")])
+def test_seeds_are_numbers(capsys: CAPSYS, seeds: str, said: str) -> None:
+    told = tutelage(capsys, "compare", recipe(), "--methods", "kd", "--seeds", seeds)
+    assert told.code == 2
+    assert said in told.err[0]
+
+
+# --- report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_a_comparison_is_written_again(capsys: CAPSYS) -> None:
+    compared(capsys, "--quiet")
+    page = Path("all/report.html")
+    before = page.read_text()
+    page.write_text("lost")
+    assert tutelage(capsys, "report", "all").out == ["all/report.html"]
+    assert re.sub(r"\d", "0", page.read_text()) == re.sub(r"\d", "0", before)
+
+
+def test_the_page_of_a_run_is_written_again(capsys: CAPSYS) -> None:
+    tutelage(capsys, "distill", recipe(), "--out", "run")
+    page = Path("run/report.html")
+    before = page.read_text()
+    page.unlink()
+    assert tutelage(capsys, "report", "run").out == ["run/report.html"]
+    assert page.read_text() == before
+    for word in ("agreement with the teacher", "Class by class", "top-1 accuracy"):
+        assert word in before
+
+
+@pytest.mark.parametrize(("form", "line"), [("markdown", "| kd "), ("latex", r"\begin{tabular}"), ("html", "<table>")])
+def test_tables_for_a_paper(capsys: CAPSYS, form: str, line: str) -> None:
+    compared(capsys, "--quiet")
+    Path("all/report.html").unlink()
+    told = tutelage(capsys, "report", "all", "--to", form)
+    assert told.code == 0
+    assert any(line in one for one in told.out)
+    assert not Path("all/report.html").exists()  # printed, not written
+    told = tutelage(capsys, "report", "all/kd-0", "--to", form)
+    assert "agreement with the teacher" in "\n".join(told.out)
+
+
+def test_reports_as_data(capsys: CAPSYS) -> None:
+    compared(capsys, "--quiet")
+    assert tutelage(capsys, "report", "all", "--json").document["metric"] == "top1"
+    assert tutelage(capsys, "report", "all/kd-1", "--json").document["metric"] == "top1"
+
+
+def test_reports_of_nothing(capsys: CAPSYS) -> None:
+    assert tutelage(capsys, "report", "nowhere").err == [
+        "tutelage: nowhere holds neither a finished run nor a comparison"
+    ]
+    tutelage(capsys, "train", recipe(), "--out", "run")
+    told = tutelage(capsys, "report", "run", "--to", "word")
+    assert (told.code, told.err) == (2, ["tutelage: --to 'word' is not known; valid: html, latex, markdown"])
+    Path("run/result.json").write_text('{"scores": {}}')
+    assert tutelage(capsys, "report", "run").err[0].startswith("tutelage: run/result.json is damaged")
+    Path("all").mkdir()
+    Path("all/comparison.json").write_text("{}")
+    assert tutelage(capsys, "report", "all").err[0].startswith("tutelage: all/comparison.json is damaged ('scores')")
