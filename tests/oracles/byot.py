@@ -70,10 +70,7 @@ def byot(
         squares = 0.0
         for n in range(samples):
             deepest_row = [float(v) for v in features[0][n]]
-            if form == "masked":
-                row = [float(v) for v in features[i][n]]
-            else:
-                row = _adapt(features[i], n, weights, i)
+            row = [float(v) for v in features[i][n]] if form == "masked" else _adapt(features[i], n, weights, i)
             for a, b in zip(row, deepest_row, strict=True):
                 if form != "masked" or a > 0.0 or b > 0.0:
                     squares += (a - b) ** 2

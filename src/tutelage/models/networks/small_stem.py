@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """torchvision's ResNets for small images: a 3x3 stem that keeps the resolution, no pooling after it.
 
-Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016; the stem is that of the usual CIFAR codes.
+Reference: He et al., Deep Residual Learning for Image Recognition, CVPR 2016; the stem is that of the usual CIFAR
+codes.
 """
 
 from collections.abc import Callable
