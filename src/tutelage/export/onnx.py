@@ -42,4 +42,4 @@ def write(student: Exported, pixels: Tensor, path: Path) -> Export:
         expected = student(pixels)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     found = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
-    return Export(path, path.stat().st_size, require_equal(found, expected, path.name))
+    return Export(path, path.stat().st_size, require_equal(found, expected, path))

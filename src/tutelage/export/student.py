@@ -108,14 +108,23 @@ def export(
     return written
 
 
-def require_equal(found: Tensor, expected: Tensor, what: str) -> float:
+def require_equal(found: Tensor, expected: Tensor, path: Path) -> float:
     """Return the largest difference of two answers.
 
+    Args:
+        found: what the copy answers.
+        expected: what the student answers.
+        path: of the copy; it is removed if it answers otherwise.
+
     Raises:
-        UserError: if it is more than rounding explains.
+        UserError: if the difference is more than rounding explains.
     """
     difference = (found.double() - expected.double()).abs().max().item()
     scale = expected.abs().max().item()
     if not difference <= 1e-4 * max(scale, 1.0):
-        raise UserError(f"{what} answers otherwise than the student: {difference:.2g} apart at a scale of {scale:.2g}")
+        path.unlink(missing_ok=True)
+        raise UserError(
+            f"{path.name} answers otherwise than the student: {difference:.2g} apart at a scale of {scale:.2g}; "
+            "it was removed"
+        )
     return difference

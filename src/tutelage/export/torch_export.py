@@ -30,4 +30,4 @@ def write(student: Exported, pixels: Tensor, path: Path) -> Export:
         write_whole(path, save)
         with path.open("rb") as file:
             found = torch.export.load(file).module()(pixels)
-        return Export(path, path.stat().st_size, require_equal(found, student(pixels), path.name))
+        return Export(path, path.stat().st_size, require_equal(found, student(pixels), path))
