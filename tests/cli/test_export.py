@@ -12,7 +12,7 @@ CAPSYS = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def run(capsys: CAPSYS) -> Path:
-    assert tutelage(capsys, "distill", recipe(student={"model": "tutelage:resnet8"}), "--out", "run").code == 0
+    assert tutelage(capsys, "train", recipe(student={"model": "tutelage:resnet8"}), "--out", "run").code == 0
     return Path("run")
 
 
