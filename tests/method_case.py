@@ -95,9 +95,15 @@ class MethodCase:
         }
         return equal, teacher
 
-    def built(self, seed: int = 0, dtype: torch.dtype = torch.float32) -> Term:
-        """Return a term built from the case's tensors; its own layers are drawn from the seed."""
-        student, teacher = self.tensors(seed)
+    def built(self, seed: int = 0, dtype: torch.dtype = torch.float32, *, matched: bool = False) -> Term:
+        """Return a term built from the case's tensors; its own layers are drawn from the seed.
+
+        Args:
+            seed: of the tensors and the layers.
+            dtype: of the layers.
+            matched: build it for a student that looks like the teacher: bridges are the identity then.
+        """
+        student, teacher = self.matched(seed) if matched else self.tensors(seed)
         term, sides = self.term(), (self.signals(student).detach(), self.teach(teacher))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -142,6 +148,7 @@ class MethodCase:
             labelled=batch.labelled[chosen],
             index=batch.index[chosen],
             view=batch.view[chosen],
+            views={name: pick(inputs) for name, inputs in batch.views.items()},
             extra={key: pick(value) for key, value in batch.extra.items()},
         )
         picked = [None if side is None else {role: pick(value) for role, value in side.items()} for side in sides]

@@ -295,7 +295,7 @@ def centred(rows: Tensor) -> Tensor:
 @check(lambda card: card.zero_at_teacher)
 def zero_at_teacher(method: Method) -> None:
     """Up to what keeps a quotient or a root finite: such constants of published codes reach 1e-7."""
-    term = method.case.built(dtype=torch.float64)
+    term = method.case.built(dtype=torch.float64, matched=True)
     student, teacher = method.case.matched(dtype=torch.float64)
     loss = method.case.loss(term, student, teacher, method.case.batch())
     assert abs(loss.item()) < 1e-6, f"{loss.item()} where the student is the teacher"
