@@ -11,6 +11,11 @@ from tutelage.models.cifar import ResNet
 from tutelage.models.roles import Roles, find, logits_of
 
 
+@pytest.fixture(autouse=True)
+def same_weights() -> None:
+    torch.manual_seed(0)
+
+
 def places(found: Roles) -> dict[str, str]:
     return {role: tap.name for role, tap in found.taps.items()}
 
@@ -244,6 +249,30 @@ def test_roles_of_a_transformer(prefix: int) -> None:
     assert torch.allclose(network.norm(taps["blocks[2]"]), taps["tokens"], atol=1e-5)
     if prefix:
         assert taps["cls[1]"].shape == (2, 8)
+
+
+def test_class_attention_may_follow_the_blocks() -> None:
+    class Classed(Tokens):
+        def __init__(self, following: int) -> None:
+            super().__init__(0)
+            layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True) for _ in range(following)]
+            self.classed = nn.ModuleList(layers)
+            self.token = nn.Parameter(torch.zeros(1, 1, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.flat(self.embed(x)).transpose(1, 2)
+            for layer in self.layers:
+                x = layer(x)
+            x = torch.cat([self.token.expand(len(x), -1, -1), x], dim=1)
+            for layer in self.classed:
+                x = layer(x)
+            return self.head(self.norm(x)[:, 0])  # type: ignore[no-any-return]
+
+    found = find(Classed(2), noise(16)).taps
+    assert found["blocks[2]"].where == "layers.2"
+    assert found["tokens"].prefix == 0
+    assert "blocks[3]" not in found
+    assert "tokens" not in find(Classed(5), noise(16)).taps
 
 
 def test_a_known_prefix_is_taken() -> None:

@@ -176,7 +176,7 @@ def test_what_is_wrong_is_said(spec: Any, message: str) -> None:
 
 
 #: Families of several rows of tokens, or of maps that become tokens: they have neither one map nor one row.
-NEITHER = ("coat", "convit", "crossvit", "efficientformer", "hiera", "levit", "mvitv2")
+NEITHER = ("coat", "convit", "crossvit", "efficientformer", "hiera", "levit", "mvitv2", "twins")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from tutelage.core.tap import Tap
 from tutelage.models.attention import projections
 from tutelage.models.trace import Call, trace
 
+PREFIXES = 8  # class and register tokens there may be
 Side = Literal["output", "input"]
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -288,7 +289,7 @@ def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]
         return {}
     shape = blocks[0].given.shape  # type: ignore[union-attr]
     if prefix is None:
-        prefix = next((count for count in range(8) if math.isqrt(shape[1] - count) ** 2 == shape[1] - count), 0)
+        prefix = next((count for count in range(PREFIXES) if math.isqrt(shape[1] - count) ** 2 == shape[1] - count), 0)
     taps: dict[str, Tap] = {}
     for number, block in enumerate(blocks):
         taps[f"blocks[{number}]"] = Tap(block.path, layout="tokens", prefix=prefix)
@@ -307,7 +308,10 @@ def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]
 
 
 def _blocks(root: Call, calls: list[Call]) -> list[Call]:
-    """Return the only row of siblings that all give `[B, L, D]` of one shape, or nothing."""
+    """Return the row of siblings that all give `[B, L, D]` of one shape, or nothing.
+
+    A second row may follow on the same tokens and a few prefix tokens, as class-attention layers do.
+    """
     rows: dict[str, list[Call]] = {}
     for call in calls:
         parent = call.path.rpartition(".")[0]
@@ -316,9 +320,15 @@ def _blocks(root: Call, calls: list[Call]) -> list[Call]:
             rows.setdefault(parent, []).append(call)
     outer = {parent: row for parent, row in rows.items() if not any(parent.startswith(f"{o}.") for o in rows)}
     long = [row for row in outer.values() if len(row) > 1]
-    if len(long) != 1 or len({tuple(call.given.shape) for call in long[0] if call.given is not None}) != 1:
+    shapes = [{tuple(call.given.shape) for call in row if call.given is not None} for row in long]
+    if not long or len(shapes[0]) != 1:
         return []
-    return long[0]
+    _, length, width = next(iter(shapes[0]))
+    follow = all(
+        len(row) < len(long[0]) and all(0 < n - length <= PREFIXES and d == width for _, n, d in found)
+        for row, found in zip(long[1:], shapes[1:], strict=True)
+    )
+    return long[0] if follow else []
 
 
 def _is_sequence(call: Call) -> bool:

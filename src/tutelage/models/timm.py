@@ -77,4 +77,8 @@ def _stages(module: nn.Module) -> list[str]:
     strides = [part.get("reduction", 0) for part in info]
     places = dict(module.named_modules())
     grows = all(a < b for a, b in pairwise(strides))
-    return [part["module"] for part in info] if grows and all(p.get("module") in places for p in info) else []
+    return (
+        [part["module"] for part in info]
+        if grows and all(p.get("module") and p["module"] in places for p in info)
+        else []
+    )
