@@ -118,8 +118,8 @@ def test_the_gradient_of_the_pairs_takes_the_length_for_constant() -> None:
     goal = regions(teacher, 0.5)
 
     def pooled(features: Tensor) -> Tensor:
-        found: Tensor = F.max_pool2d(features, (3, 2), (3, 2), ceil_mode=True)
-        return found.flatten(2).mT
+        found: Tensor = F.max_pool2d(features, (3, 2), (3, 2), ceil_mode=True).flatten(2).mT
+        return found
 
     length = pooled(student.detach().clone()).norm(dim=2, keepdim=True) + 1e-8
 
