@@ -13,7 +13,7 @@ from torch import Tensor
 
 from method_case import MethodCase, gaussian
 from oracles import dkd as oracle
-from tutelage.core import Batch, Schedule
+from tutelage.core import Batch, Facts, Schedule
 from tutelage.core.error import UserError
 from tutelage.methods.logits.dkd import DKD, OBJECTIVE, dkd
 from tutelage.methods.logits.kd import kd
@@ -265,3 +265,9 @@ def test_targets_that_are_no_classes() -> None:
 def test_a_temperature_that_is_none() -> None:
     with pytest.raises(UserError, match=r"^temperature must be > 0, not 0$"):
         DKD(temperature=0)
+
+
+def test_two_classes_deserve_a_look() -> None:
+    (said,) = DKD().caveats(Facts(num_classes=2))
+    assert said.startswith("with two classes there is one wrong class")
+    assert DKD().caveats(Facts(num_classes=3)) == ()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from method_case import MethodCase, gaussian
 from oracles import nkd as oracle
-from tutelage.core import Batch
+from tutelage.core import Batch, Facts
 from tutelage.core.error import UserError
 from tutelage.methods.logits.kd import kd
 from tutelage.methods.logits.nkd import NKD, nkd
@@ -257,3 +257,9 @@ def test_targets_that_are_no_classes() -> None:
 def test_a_temperature_that_is_none(temperature: float) -> None:
     with pytest.raises(UserError, match=f"^temperature must be > 0, not {temperature}$"):
         NKD(temperature=temperature)
+
+
+def test_two_classes_deserve_a_look() -> None:
+    (said,) = NKD().caveats(Facts(num_classes=2))
+    assert said.startswith("with two classes there is one wrong class")
+    assert NKD().caveats(Facts(num_classes=3)) == ()

@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from tutelage.core import Batch, Card, Signals, Term
+from tutelage.core import Batch, Card, Facts, Signals, Term
 from tutelage.core.error import UserError
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
@@ -121,6 +121,11 @@ class DKD(Term):
         if temperature <= 0:
             raise UserError(f"temperature must be > 0, not {temperature}")
         self.alpha, self.beta, self.temperature = alpha, beta, temperature
+
+    def caveats(self, facts: Facts) -> tuple[str, ...]:
+        """Return what two classes leave of the method."""
+        lost = "with two classes there is one wrong class and nothing to compare in it: only the target part is left, which is plain KD"
+        return (lost,) if facts.num_classes == 2 else ()
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `target` and `nontarget`.

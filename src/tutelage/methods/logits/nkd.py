@@ -10,7 +10,7 @@ from typing import final
 from torch import Tensor
 from torch.nn import functional as F
 
-from tutelage.core import Batch, Card, Signals, Term
+from tutelage.core import Batch, Card, Facts, Signals, Term
 from tutelage.core.error import UserError
 from tutelage.functional.divergence import soft_cross_entropy
 from tutelage.functional.precision import full_precision
@@ -114,6 +114,11 @@ class NKD(Term):
         if temperature <= 0:
             raise UserError(f"temperature must be > 0, not {temperature}")
         self.gamma, self.temperature = gamma, temperature
+
+    def caveats(self, facts: Facts) -> tuple[str, ...]:
+        """Return what two classes leave of the method."""
+        lost = "with two classes there is one wrong class and nothing to compare in it: only the target part is left, a cross-entropy weighted with the teacher's confidence"
+        return (lost,) if facts.num_classes == 2 else ()
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `target` and `nontarget`.
