@@ -124,7 +124,7 @@ class DKD(Term):
 
     def caveats(self, facts: Facts) -> tuple[str, ...]:
         """Return what two classes leave of the method."""
-        lost = "with two classes there is one wrong class and nothing to compare in it: only the target part is left, which is plain KD"
+        lost = "with two classes there is one wrong class, and nothing to compare in it: the target part alone is left"
         return (lost,) if facts.num_classes == 2 else ()
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
