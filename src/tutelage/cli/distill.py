@@ -39,7 +39,12 @@ def distill(
 ) -> None:
     """Train a student from a teacher.
 
-    The same command goes on with a run that was stopped, from its last checkpoint.
+    \b
+    tutelage distill --teacher timm:resnet34 --student timm:resnet18 --data ./photos
+    tutelage distill recipe.yaml --set optimizer.lr=0.05
+
+    What the flags leave open is decided from data and models, said, and written into the recipe of the run. The
+    same command goes on with a run that was stopped, from its last checkpoint.
     """
     from tutelage.run.quick import asked
 

@@ -128,7 +128,7 @@ def _teacher(recipe: Recipe, teacher: TeacherSection, num_classes: int, say: Say
     fit = teacher.fit
     assert fit is not None
     spec = {"model": teacher.model, "weights": teacher.weights, **teacher.options}
-    known = None if untrained(spec) else trained_classes(spec, num_classes)
+    known = trained_classes(spec, num_classes) if num_classes and not untrained(spec) else None
     lacks = ""
     if untrained(spec):
         lacks = f"{teacher.model} has no weights"
