@@ -232,7 +232,6 @@ class Loop:
             "step": self.distiller.step,
             "distiller": self.distiller.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "rates": self.base_rates,
             "average": self.average.weights if self.average else None,
             "scaler": self.runtime.scaler.state_dict() if self.runtime.scaler else None,
             "feeders": [feeder.state() for feeder in self.distiller.feeders],
@@ -250,7 +249,6 @@ class Loop:
             require_fit(state["distiller"], self.distiller.state_dict(), str(path))
             self.distiller.load_state_dict(state["distiller"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.base_rates = state["rates"]
             if self.average is not None:
                 self.average.load(state["average"])
             if self.runtime.scaler is not None:
