@@ -351,6 +351,17 @@ def test_every_micro_batch_is_watched() -> None:
         tiny_loop(objective=objective, batch_size=4, accumulate=2, log_every=6).run()
 
 
+def test_a_loss_is_named_and_not_the_norm_that_it_spoils() -> None:
+    with pytest.raises(DivergedError) as caught:
+        tiny_loop(objective=Objective(task=1.0, spoils=Spoils(2)), clip=1.0).run()
+    assert str(caught.value).startswith("the loss of spoils is not finite at step 3: ")
+
+
+def test_losses_that_are_lost_together_are_named_together() -> None:
+    with pytest.raises(DivergedError, match="the loss of task and the loss of spoils are not finite at step 4: "):
+        tiny_loop(objective=Objective(task=1.0, spoils=Spoils(2, gradient=True)), log_every=6).run()
+
+
 def test_a_lost_gradient_is_named_where_it_is_measured() -> None:
     objective = Objective(task=1.0, spoils=Spoils(2, gradient=True))
     with pytest.raises(DivergedError, match="the gradient norm is not finite at step 3"):
@@ -363,6 +374,8 @@ def test_weights_that_a_gradient_spoilt_at_the_last_step_are_not_saved(tmp_path:
         tiny_loop(tmp_path, objective=objective, steps=6, save_every=6, evaluate=score).run()
     assert not (tmp_path / "checkpoints").exists()
     assert lines(tmp_path, "evaluation") == []
+    with pytest.raises(DivergedError, match="is not finite at step 6"):  # nor handed on without a checkpoint
+        tiny_loop(objective=Objective(task=1.0, spoils=Spoils(5, gradient=True)), steps=6).run()
 
 
 def test_an_average_is_watched_too(tmp_path: Path) -> None:
