@@ -451,8 +451,9 @@ ADVICE = "; tap the map it reads (teacher_tap), or name the part that follows th
     ],
 )
 def test_a_classifier_that_does_not_fit(lent: nn.Module, said: str) -> None:
-    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+    with pytest.raises(UserError) as error:
         build((2, 4, 3, 3), (2, 6, 2, 2), lent)
+    assert str(error.value).replace("addmm: ", "") == said  # newer torch names the operation
 
 
 def test_pairs_of_two_shapes() -> None:
