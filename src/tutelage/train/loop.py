@@ -207,6 +207,7 @@ class Loop:
         values["total"] = float(torch.stack([one.total.detach() for one in losses]).mean())
         for name in losses[0].parts:
             values[name] = float(torch.stack([one.parts[name] for one in losses]).mean())
+        self.log.show(step + 1, f"loss {values['total']:.4g}")
         if ranks.rank() == 0:
             self.log.write("train", step + 1, values)
 
