@@ -106,6 +106,12 @@ def test_further_images_without_labels(tmp_path: Path) -> None:
     assert data.facts(9).targets is data.train.samples.targets
 
 
+def test_a_dry_run_sees_every_view() -> None:
+    data = load({"source": "digits", "views": {"strong": ["flip"]}})
+    sample = data.sample(3)
+    assert sample.views["strong"].shape == sample.inputs.shape
+
+
 def test_facts_and_sample() -> None:
     data = load({"source": "digits", "batch_size": 100, "augment": "digits", "image_size": 16})
     facts = data.facts(total_steps=60, seed=4, accumulate=4)

@@ -53,7 +53,8 @@ class Splits:
     def sample(self, size: int = 2) -> Batch:
         """Return a small batch for a dry run: the first training samples as they are seen in evaluation."""
         samples = self.train.samples.keep(self._first(size))
-        return next(Loader(samples, size, train=False, transform=self.validation.transform).epoch())
+        views = self.train.views
+        return next(Loader(samples, size, train=False, transform=self.validation.transform, views=views).epoch())
 
     def _first(self, size: int) -> Tensor:
         """Return the ids of the first samples; where unreadable ones are skipped, of those that can be read."""
