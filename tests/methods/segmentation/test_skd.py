@@ -118,15 +118,15 @@ def test_the_gradient_of_the_pairs_takes_the_length_for_constant() -> None:
     goal = regions(teacher, 0.5)
 
     def pooled(features: Tensor) -> Tensor:
-        found: Tensor = F.max_pool2d(features, (3, 2), (3, 2), ceil_mode=True).flatten(2).mT
+        found: Tensor = F.max_pool2d(features, (3, 2), (3, 2), ceil_mode=True).flatten(2).transpose(1, 2)
         return found
 
     length = pooled(student.detach().clone()).norm(dim=2, keepdim=True) + 1e-8
 
     def with_fixed_length(features: Tensor) -> Tensor:
         unit = pooled(features) / length
-        apart: Tensor = unit @ unit.mT - goal @ goal.mT
-        return apart.square().sum() / (2 * length.shape[1] ** 2)
+        total: Tensor = (unit @ unit.mT - goal @ goal.mT).square().sum() / (2 * length.shape[1] ** 2)
+        return total
 
     assert torch.autograd.gradcheck(with_fixed_length, student)
     torch.testing.assert_close(found, torch.autograd.grad(with_fixed_length(student), student)[0])
