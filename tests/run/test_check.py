@@ -222,3 +222,17 @@ def test_a_finished_or_resumed_run_is_not_checked_again(monkeypatch: pytest.Monk
     start = time.perf_counter()
     distill(recipe, Path("run"), quiet=True)
     assert time.perf_counter() - start < 5
+
+
+def test_reading_processes_start_again_after_the_check() -> None:
+    one, other = (
+        distill(
+            tiny(
+                data={"source": "digits", "batch_size": 300, "workers": workers}, train={"steps": 5, "save_every": None}
+            ),
+            Path(f"workers-{workers}"),
+            quiet=True,
+        ).student.module.state_dict()
+        for workers in (0, 1)
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
