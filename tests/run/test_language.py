@@ -11,8 +11,12 @@ from tiny_text import BERT, GPT2
 from tutelage.core.error import UserError
 from tutelage.models.load import load
 from tutelage.report.metric import Metric
+from tutelage.run.assemble import assemble
+from tutelage.run.check import check
 from tutelage.run.distill import distill
 from tutelage.run.evaluate import evaluate
+from tutelage.run.export import export
+from tutelage.run.inspect import inspect
 from tutelage.run.recipe import Recipe, parse
 
 CAUSAL = {"model": "hf:gpt2", **GPT2}
@@ -105,3 +109,23 @@ def test_texts_of_language_on_images() -> None:
     recipe["data"] = {"source": "digits"}
     with pytest.raises(UserError, match=r"^language needs a target \[B, L\] for logits \[B, L, V\]"):
         distill(parse(recipe), Path("run"), quiet=True)
+
+
+def test_a_student_of_text_is_inspected_and_exported() -> None:
+    distill(tiny("distillm", steps=1, save_every=None), Path("run"), quiet=True)
+    found = inspect("run:run")
+    assert found.takes == "16 tokens of 259, next token"
+    assert found.gives == (1, 16, 259)
+    assert found.roles["q[0]"].shape == (1, 16, 8)
+    assert export(Path("run"), "safetensors").path.exists()
+    with pytest.raises(UserError, match=r"^a language model is not exported as onnx yet: choose safetensors$"):
+        export(Path("run"), "onnx")
+    with pytest.raises(
+        UserError, match=r"^GPT2LMHeadModel reads tokens, `input_ids` and `attention_mask`, and no pixels$"
+    ):
+        load("run:run")(torch.zeros(1, 3, 8, 8))
+
+
+def test_a_check_says_what_the_models_read() -> None:
+    made = assemble(tiny("gkd").model_copy(update={"teacher": None, "objective": {"task": 1.0}}))
+    assert check(made).inputs == {"student": "16 tokens of 259, next token"}

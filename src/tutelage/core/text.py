@@ -5,6 +5,9 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class TextSpec:
@@ -27,6 +30,11 @@ class TextSpec:
     end: int | None = None
     mask: int | None = None
     words: str = ""
+
+    def blank(self, rows: int = 1) -> dict[str, Tensor]:
+        """Return samples of token 0, as a model takes them."""
+        ids = torch.zeros(rows, self.length, dtype=torch.long)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
     def __str__(self) -> str:
         direction = "next token" if self.causal else "hidden tokens"

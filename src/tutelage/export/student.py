@@ -57,12 +57,14 @@ class Export:
     difference: float | None
 
 
-def example(model: Model, size: tuple[int, int] | None, rows: int = 2) -> Tensor:
-    """Return pixels in [0, 1] of the size a student takes.
+def example(model: Model, size: tuple[int, int] | None, rows: int = 2) -> Any:
+    """Return pixels in [0, 1] of the size a student takes, or tokens.
 
     Raises:
         UserError: if neither the student nor the caller says a size.
     """
+    if model.text is not None:
+        return model.text.blank(rows)
     spec = model.input or InputSpec()
     chosen = spec.size or size
     if chosen is None:
@@ -101,6 +103,8 @@ def export(
 
     if kind not in kinds():
         raise UserError(f"unknown format {kind!r}{nearest(kind, kinds())}")
+    if model.text is not None and kind != "safetensors":
+        raise UserError(f"a language model is not exported as {kind} yet: choose safetensors")
     model.module.eval()
     written: Export = import_module(f"tutelage.export.{kind}").write(
         Exported(model, normalised=normalised).eval(), example(model, size), path

@@ -25,6 +25,8 @@ WORDS = ("model", "weights", "roles")
 
 def call(module: nn.Module, inputs: Mapping[str, Tensor], *, text: TextSpec) -> Tensor:
     """Return `[B, L, V]` logits; rows of the table beyond the vocabulary, which only fill it up, are cut off."""
+    if not isinstance(inputs, Mapping):
+        raise UserError(f"{type(module).__name__} reads tokens, `input_ids` and `attention_mask`, and no pixels")
     cache = {"use_cache": False} if text.causal and hasattr(module, "generate") else {}
     found = logits_of(module(**inputs, **cache))
     if found is None or found.ndim != 3 or found.shape[-1] < text.vocabulary:
@@ -159,7 +161,9 @@ def _configuration(auto: Any, place: str, here: bool, options: Mapping[str, Any]
     """Return a configuration; the vocabulary and the special tokens are the data's where nothing else is said."""
     if here:
         return auto.from_pretrained(place, local_files_only=True, **options)
-    known = {"vocab_size": text.vocabulary, "pad_token_id": text.pad}
+    known = {"vocab_size": text.vocabulary}
+    if not text.causal:  # a causal model may write the token, which means nothing to it
+        known["pad_token_id"] = text.pad
     if text.end is not None:
         known |= {"bos_token_id": text.end, "eos_token_id": text.end}
     plain = auto.for_model(place)
@@ -215,8 +219,7 @@ def _check_length(module: nn.Module, name: str, text: TextSpec) -> None:
 def roles(module: nn.Module, text: TextSpec) -> dict[str, Tap]:
     """Return the places of hidden states, queries, keys and values; what is not beyond doubt is left out."""
     parameter = next(module.parameters(), torch.zeros(0))
-    ids = torch.zeros(1, min(text.length, 8), dtype=torch.long, device=parameter.device)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    inputs = {name: ids[:, :8].to(parameter.device) for name, ids in text.blank().items()}
     root, _ = trace(module, lambda: call(module, inputs, text=text))
     blocks = _blocks(module, root)
     if not blocks:

@@ -38,8 +38,9 @@ class Inspected:
     Args:
         name: as it was asked for.
         kind: its class.
-        takes: the pixels it wants.
-        seen: (height, width) of the image that the shapes and the multiply-accumulates belong to.
+        takes: the pixels or tokens it wants.
+        seen: (height, width) of the image, or (1, tokens) of the text, that the shapes and the
+            multiply-accumulates belong to.
         gives: shape of its answer to one image.
         roles: tensors by role.
         lends: paths of modules by role.
@@ -103,11 +104,13 @@ def inspect(
         UserError: on an unknown model, or one that does not run on such an image.
     """
     model = load(spec(name, weights), num_classes=num_classes)
-    seen = shown(model, image_size)
+    seen = shown(model, image_size) if model.text is None else (1, model.text.length)
     places = {role: model.roles[role] for role in sorted(model.roles, key=_depth) if role != "logits"}
     recorder = Recorder(model.module, places)
     wants = model.input
-    image = torch.zeros(1, wants.channels if wants else int(model.source.get("in_channels") or 3), *seen)
+    image: Any = torch.zeros(1, wants.channels if wants else int(model.source.get("in_channels") or 3), *seen)
+    if model.text is not None:
+        image = model.text.blank()
     try:
         with evaluating(model.module), torch.no_grad():
             with recorder:
@@ -119,7 +122,7 @@ def inspect(
     return Inspected(
         name,
         type(model.module).__name__,
-        pixels(wants),
+        str(model.text or pixels(wants)),
         seen,
         tuple(getattr(output, "logits", output).shape),
         {role: Role(_place(tap), tuple(found[role].shape)) for role, tap in places.items()},

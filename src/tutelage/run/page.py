@@ -27,7 +27,7 @@ CLASSES = 20  # rows of a table of classes
 LOADING = """from tutelage.models.load import load
 
 student = load("run:{folder}")  # a Model; student.module is the plain torch.nn.Module, in eval mode
-logits = student(pixels)        # [B, C, H, W] in [0, 1]; normalised and resized by the student itself
+logits = student(inputs)        # pixels [B, C, H, W] in [0, 1], which it normalises and resizes itself, or tokens
 """
 
 
