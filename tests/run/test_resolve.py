@@ -58,6 +58,19 @@ def test_the_size_follows_student_and_images(
     assert why in said[1]
 
 
+def test_a_trained_teacher_that_will_see_smaller_images_is_told_of(tmp_path: Path) -> None:
+    place = photos(tmp_path / "photos", 4)
+    teacher = {"model": "timm:test_resnet", "weights": str(weights(tmp_path / "w.safetensors", 3))}
+    _, said = resolved(taught(place, teacher))
+    assert said[1:] == [
+        "images are brought to 32 x 32 pixels, as tutelage:resnet8 wants them (data.image_size)",
+        "training images: random resized crop, flip (data.augment)",
+        "timm:test_resnet was made for 160 x 160 pixels; teacher.input={size: 160} shows it images of that size",
+    ]
+    _, said = resolved(taught(place, {**teacher, "input": {"size": 160}}))
+    assert len(said) == 3
+
+
 def test_what_the_recipe_says_holds(tmp_path: Path) -> None:
     place = str(photos(tmp_path))
     recipe, said = resolved(asked(data={"source": place, "image_size": 24, "augment": "none"}))

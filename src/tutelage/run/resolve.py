@@ -64,6 +64,8 @@ def resolve(recipe: Recipe, say: Say = lambda text: None, given: Given = NOTHING
             say("training images: random resized crop, flip (data.augment)")
     if teacher is not None and open_fit:
         teacher = _teacher(recipe, teacher, data.num_classes, say)
+    if teacher is not None and teacher.fit is None and given.teacher is None and "image_size" in changes:
+        _compare_sizes(teacher, data, pair(changes["image_size"]), say)
     return recipe.model_copy(update={"data": section.model_copy(update=changes), "teacher": teacher})
 
 
@@ -101,6 +103,20 @@ def _image_size(recipe: Recipe, data: Splits, say: Say, given: Given) -> int | t
         why = f"since half of them have {side:.0f} a side or less, and {student.model} takes any size"
     say(f"images are brought to {size[0]} x {size[1]} pixels, {why} (data.image_size)")
     return size[0] if size[0] == size[1] else size
+
+
+def _compare_sizes(teacher: TeacherSection, data: Splits, size: tuple[int, int], say: Say) -> None:
+    """Tell if a trained teacher of any size will see smaller images than it was trained on."""
+    model = load_model(
+        {"model": teacher.model, **teacher.options}, num_classes=data.num_classes, in_channels=_shapes(data)[0][0]
+    )
+    fixed = model.input is not None and model.input.size is not None
+    made_for = model.source.get("image_size") or model.source.get("native_size")
+    if made_for and not fixed and min(made_for) > min(size):
+        say(
+            f"{teacher.model} was made for {made_for[0]} x {made_for[1]} pixels; "
+            f"teacher.input={{size: {min(made_for)}}} shows it images of that size"
+        )
 
 
 def _shapes(data: Splits) -> list[tuple[int, int, int]]:
