@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.core import Batch, Draw, Facts, Signals, Term
+from tutelage.core.batch import Frame
 from tutelage.core.term import Outcome
 
 Tensors = dict[str, Tensor]
@@ -148,11 +149,23 @@ class MethodCase:
             labelled=batch.labelled[chosen],
             index=batch.index[chosen],
             view=batch.view[chosen],
+            frame=framed(batch.frame, chosen),
             views={name: pick(inputs) for name, inputs in batch.views.items()},
             extra={key: pick(value) for key, value in batch.extra.items()},
         )
         picked = [None if side is None else {role: pick(value) for role, value in side.items()} for side in sides]
         return cut, picked
+
+
+def framed(frame: Frame | None, chosen: Tensor) -> Frame | None:
+    """Return the geometry of some images, in the order given; their boxes keep theirs."""
+    if frame is None:
+        return None
+    place = torch.full((len(frame.image_size),), -1).scatter(0, chosen, torch.arange(len(chosen)))
+    image = place[frame.box_image]
+    kept = image >= 0
+    masks = None if frame.masks is None else frame.masks[kept]
+    return Frame(frame.size, frame.image_size[chosen], frame.boxes[kept], image[kept], masks)
 
 
 def gaussian(seed: int, shapes: Mapping[str, tuple[int, ...]], scale: float = 1.0) -> Tensors:
