@@ -150,6 +150,7 @@ def _student(
         spec = record["model"] if isinstance(record["model"], Mapping) else {"model": record["model"]}
         record["model"] = {**spec, "roles": {**spec.get("roles", {}), **given["roles"]}}
     model = repeated(rebuild(record), record.get("rebuilds", ()))
+    model.source = {**model.source, **({"rebuilds": record["rebuilds"]} if record.get("rebuilds") else {})}
     weights.fit(model.module, weights.read(file), file)
     return model
 

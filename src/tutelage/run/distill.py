@@ -247,7 +247,7 @@ def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Res
     measures = measure(student, made.sample.to("cpu").inputs)
 
     def write() -> None:
-        rebuilds = [rebuild.record() for rebuild in made.rebuilds]
+        rebuilds = [*student.source.get("rebuilds", ()), *(rebuild.record() for rebuild in made.rebuilds)]
         card = {**student.source, "task": made.task.name, **({"rebuilds": rebuilds} if rebuilds else {})}
         home.save_student(student.module, card)
         found = {

@@ -4,6 +4,7 @@ import json
 import pickle
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from tutelage.core.error import UserError
 from tutelage.core.rebuild import repeated
 from tutelage.methods.features.simkd import Composed, SimKD, TeacherHead, make_projector, simkd
 from tutelage.models.load import load
+from tutelage.run.folder import RunFolder
 from tutelage.tasks.classification import Classification
 
 Arrays = dict[str, NDArray[Any]]
@@ -193,6 +195,15 @@ def test_it_is_built_again_from_its_record() -> None:
     model.module.eval()
     fresh.module.eval()
     torch.testing.assert_close(fresh(batch.inputs), model(batch.inputs))
+
+
+def test_a_runs_student_knows_how_it_was_rebuilt(tmp_path: Path) -> None:
+    model, _, batch, head = rebuilt()
+    model.module.eval()
+    RunFolder(tmp_path).save_student(model.module, {**model.source, "rebuilds": [head.record()]})
+    again = load(f"run:{tmp_path}")
+    torch.testing.assert_close(again.module.eval()(batch.inputs), model.module(batch.inputs))
+    assert again.source["rebuilds"] == [head.record()]  # a run that goes on with it must say so too
 
 
 def test_it_is_copied_and_pickled() -> None:
