@@ -309,7 +309,7 @@ class Rollouts(Feeder):
         if self.place >= len(self.held):
             student, teacher = next(iter(students.values())), network_of(next(iter(teachers.values())))
             self.held.append(self._written(batch, student, teacher, draw))
-        texts = self.held[self.place]
+        texts = self.held[self.place].to(batch.index.device)  # a checkpoint's lie on the CPU
         yield _joined(texts, batch) if self.pretrain else texts
 
     def _written(self, batch: Batch, student: Model, teacher: Model, draw: Draw) -> Batch:
@@ -352,15 +352,10 @@ def _joined(texts: Batch, plain: Batch) -> Batch:
     """Return written rows and rows of plain text as one batch; what only one of both knows is 0 in the other."""
 
     def both(one: Tensor, other: Tensor) -> Tensor:
-        return torch.cat([one.to(other.device), other])
+        return torch.cat([one, other])
 
     extra = {
-        name: both(
-            tensor,
-            plain.extra[name]
-            if name in plain.extra
-            else tensor.new_zeros((len(plain), *tensor.shape[1:])).to(plain.index.device),
-        )
+        name: both(tensor, plain.extra.get(name, tensor.new_zeros((len(plain), *tensor.shape[1:]))))
         for name, tensor in texts.extra.items()
     }
     return replace(
