@@ -155,3 +155,16 @@ def by_image(values: Tensor, box_image: Tensor, images: int) -> Tensor:
     """
     place = box_image[:, None].expand_as(values)
     return values.new_zeros(images, values.shape[1]).scatter_reduce(0, place, values, "amax")
+
+
+def levels(maps: Sequence[Tensor], groups: int = 1) -> Tensor:
+    """Return what is said at every position of every level: `[B, G N, H, W]` maps to `[B, A, G, N]`.
+
+    Positions come in the order of `grid_anchors`.
+
+    Example:
+        >>> levels([torch.arange(4.0).view(1, 4, 1, 1), torch.zeros(1, 4, 1, 2)], 2)[0, 0]
+        tensor([[0., 1.],
+                [2., 3.]])
+    """
+    return torch.cat([one.flatten(2).transpose(1, 2).unflatten(2, (groups, -1)) for one in maps], dim=1)

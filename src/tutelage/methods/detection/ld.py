@@ -15,7 +15,7 @@ from torch import Tensor
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Term
 from tutelage.core.error import UserError
 from tutelage.core.layers import Layers, Places
-from tutelage.functional.anchors import by_image, grid_anchors, nearest, on_boxes, overlaps, threshold
+from tutelage.functional.anchors import by_image, grid_anchors, levels, nearest, on_boxes, overlaps, threshold
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
 
@@ -283,8 +283,8 @@ class LD(Term):
         return ld(
             levels([student[name] for name in self.box_names[0]], EDGES),
             levels([teacher[name] for name in self.box_names[1]], EDGES),
-            levels([student[name] for name in self.score_names[0]], 1).squeeze(2),
-            levels([teacher[name] for name in self.score_names[1]], 1).squeeze(2),
+            levels([student[name] for name in self.score_names[0]]).squeeze(2),
+            levels([teacher[name] for name in self.score_names[1]]).squeeze(2),
             by_image(on_box.to(boxes.dtype), frame.box_image, images) > 0,
             by_image(ring, frame.box_image, images),
             lambda_main=self.lambda_main,
@@ -293,8 +293,3 @@ class LD(Term):
             temperature=self.temperature,
             class_temperature=self.class_temperature,
         )
-
-
-def levels(maps: Sequence[Tensor], groups: int) -> Tensor:
-    """Return what is said at every position of every level: `[B, G N, H, W]` maps to `[B, A, G, N]`."""
-    return torch.cat([one.flatten(2).transpose(1, 2).unflatten(2, (groups, -1)) for one in maps], dim=1)
