@@ -37,7 +37,7 @@ class Options:
     """The words of `data.text`.
 
     Args:
-        tokenizer: `bytes`, or a folder with the files of a tokenizer of transformers.
+        tokenizer: `bytes`, or a folder with the files of a tokenizer of transformers, or a name of the hub.
         length: tokens of a sample.
         masking: share of the tokens that are hidden and to be found (BERT: 0.15); 0 predicts each next token.
         packed: cut the running text into blocks; otherwise each line or row is a sample of its own, cut at
@@ -232,7 +232,7 @@ def texts(
         place: what stands after the colon.
         options: of the section.
         validation_share: held out at the end of the text where the source has no split for it.
-        download: let `hf` fetch what is not there.
+        download: let `hf` and the tokenizer fetch what is not there.
 
     Raises:
         UserError: if something cannot be read, or does not fill a sample.
@@ -243,7 +243,7 @@ def texts(
         >>> batch.inputs["input_ids"].shape, bool((batch.inputs["input_ids"][:, 1:] == batch.target[:, :-1]).all())
         (torch.Size([2, 64]), True)
     """
-    reader = tokenizer(options.tokenizer)
+    reader = tokenizer(options.tokenizer, download=download)
     if options.masking and reader.mask is None:
         raise UserError(
             f"data.text.masking: the tokenizer {options.tokenizer!r} has no token that hides another; "

@@ -73,16 +73,17 @@ class Bytes:
 
 @final
 class Pretrained:
-    """A tokenizer of transformers from its files; nothing is fetched.
+    """A tokenizer of transformers from its files.
 
     Args:
-        place: a folder or file, or a name whose files are in the hub's cache.
+        place: a folder or file, or a name of the hub.
+        download: fetch what is not in the hub's cache.
 
     Raises:
         UserError: if transformers is not installed, or the files cannot be had.
     """
 
-    def __init__(self, place: str) -> None:
+    def __init__(self, place: str, *, download: bool = False) -> None:
         self.place = place
         try:
             from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -92,7 +93,7 @@ class Pretrained:
             if Path(place).is_file():
                 self.own: Any = PreTrainedTokenizerFast(tokenizer_file=place)
             else:
-                self.own = AutoTokenizer.from_pretrained(place, local_files_only=True)
+                self.own = AutoTokenizer.from_pretrained(place, local_files_only=not download)
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(
                 f"data.text.tokenizer: {place!r} cannot be read ({str(error).splitlines()[0]}); give a folder "
@@ -139,10 +140,14 @@ class Pretrained:
         return str(self.own.decode(ids, skip_special_tokens=True))
 
 
-def tokenizer(name: str) -> Tokenizer:
+def tokenizer(name: str, *, download: bool = False) -> Tokenizer:
     """Return a tokenizer: `bytes`, or the files of one of transformers.
+
+    Args:
+        name: `bytes`, a folder, or a name of the hub.
+        download: fetch what is not in the hub's cache.
 
     Raises:
         UserError: if the files cannot be had.
     """
-    return Bytes() if name == "bytes" else Pretrained(name)
+    return Bytes() if name == "bytes" else Pretrained(name, download=download)
