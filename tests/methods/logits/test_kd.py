@@ -245,3 +245,9 @@ def test_logits_of_two_shapes() -> None:
 def test_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         KD(**options)
+
+
+def test_logits_of_texts_are_refused() -> None:
+    said = "kd compares logits [B, K], not [2, 3, 5]: for texts take distillm, for maps cwd"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        kd(torch.zeros(2, 3, 5), torch.zeros(2, 3, 5))

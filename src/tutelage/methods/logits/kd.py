@@ -63,7 +63,7 @@ def kd(
         Scalar, float32 or wider; a batch without rows gives a connected zero.
 
     Raises:
-        UserError: if the shapes differ.
+        UserError: if the logits are not `[B, K]`, or if the shapes differ.
 
     Example:
         >>> import torch
@@ -72,6 +72,10 @@ def kd(
 
     Reference: Hinton et al., Distilling the Knowledge in a Neural Network, 2015, section 2.
     """
+    if student_logits.ndim != 2:
+        raise UserError(
+            f"kd compares logits [B, K], not {list(student_logits.shape)}: for texts take distillm, for maps cwd"
+        )
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
             f"kd compares logits of one shape: the student's are {list(student_logits.shape)}, "
