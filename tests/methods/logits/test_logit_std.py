@@ -170,6 +170,9 @@ def test_the_term_within_sees_standardised_logits_of_every_view_and_all_else_as_
         def param_groups(self) -> list[dict[str, Any]]:
             return [{"params": [], "lr": 3.0}]
 
+        def caveats(self, facts: Facts) -> tuple[str, ...]:
+            return (f"{facts.num_classes} classes",)
+
     tensors = gaussian(0, {"logits": (6, 5), "logits@strong": (6, 5), "map": (6, 2, 3, 3)})
     term = LogitStd(inner=Spy())
     here = case()
@@ -183,6 +186,7 @@ def test_the_term_within_sees_standardised_logits_of_every_view_and_all_else_as_
     assert seen[3] is tensors["map"]
     assert outcome.parts["draw"] == 7
     assert term.param_groups() == [{"params": [], "lr": 3.0}]
+    assert term.caveats(here.facts) == ("5 classes",)
     assert term.card.labels == ("none",)
     assert term.reads.teacher[1].view == "strong"
 

@@ -132,6 +132,10 @@ class LogitStd(Term):
         )
         return found
 
+    def caveats(self, facts: Facts) -> tuple[str, ...]:
+        """Return those of the inner term."""
+        return self.inner.caveats(facts)
+
     def commit(self, kept: Mapping[str, Tensor]) -> None:
         """Let the inner term remember."""
         self.inner.commit(kept)
