@@ -63,7 +63,7 @@ def golden(claim: str, arrays: Arrays, meta: dict[str, Any]) -> dict[str, Any]:
             answer[f"out_quantized_{words}"] = index[:, 0]
         elif form == "smoothing":
             answer[f"out_quantized_{words}"] = torch.cat([index, value], dim=1)
-        elif form == "marginal_smoothing":
+        else:
             answer[f"out_quantized_{words}"] = torch.stack([index, value], dim=1)
     return {name: value for name, value in answer.items() if name in arrays}
 
