@@ -73,8 +73,9 @@ def test_a_network_of_one_size_is_tried_on_the_datas(file: Path) -> None:
         f"model 'python:{file}:fixed' does not run on images of 64x64, 32x32 pixels with 1 channels (mat1 and mat2 "
         "shapes cannot be multiplied (1x4096 and 64x3)); say what it takes with `input: {size: [H, W], channels: C}`"
     )
-    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(UserError) as error:
         load(f"python:{file}:fixed", in_channels=1)
+    assert str(error.value).replace("addmm: ", "") == message  # newer torch names the operation
     sized = load({"model": f"python:{file}:fixed", "input": {"size": [8, 8], "channels": 1}}, in_channels=1)
     assert sized(noise(30, channels=1)).shape == (2, 3)
 

@@ -147,4 +147,5 @@ def test_metrics_know_their_unit_and_direction() -> None:
     assert (TOP1.head, TOP1.unit, TOP1.show(0.5, 0.01)) == ("top-1 accuracy (%)", " points", "50.0 ± 1.0")
     assert (LOSS.head, LOSS.unit, LOSS.show(0.5), LOSS.higher) == ("loss", "", "0.500", False)
     assert Metric.of("ece").difference(-0.012) == f"{MINUS}1.2"
-    assert Metric.of("perplexity") == Metric("perplexity", "perplexity", percent=False, higher=True)
+    assert Metric.of("perplexity") == Metric("perplexity", "perplexity", percent=False, higher=False)
+    assert Metric.of("speed") == Metric("speed", "speed", percent=False, higher=True)
