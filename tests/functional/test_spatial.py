@@ -4,7 +4,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tutelage.functional.spatial import attention, channelwise_divergence, match
+from tutelage.functional.spatial import (
+    attention,
+    channelwise_divergence,
+    hierarchical_distance,
+    match,
+    mean_square,
+    small_labels,
+)
 
 # match
 
@@ -78,3 +85,36 @@ def test_the_channelwise_divergence_is_a_divergence_of_positions() -> None:
 
 def test_one_position_says_nothing() -> None:
     assert not channelwise_divergence(torch.randn(2, 3, 1, 1), torch.randn(2, 3, 1, 1)).any()
+
+
+# distances at several scales
+
+
+def test_the_pooled_scales_weigh_a_half_a_quarter_and_an_eighth() -> None:
+    student, teacher = torch.randn(2, 3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    expected = sum(
+        2.0**-turn * F.mse_loss(F.adaptive_avg_pool2d(student, size), F.adaptive_avg_pool2d(teacher, size))
+        for turn, size in enumerate((8, 4, 2, 1))
+    )
+    torch.testing.assert_close(hierarchical_distance(student, teacher), torch.as_tensor(expected) / 1.875)
+
+
+def test_a_map_of_one_position_has_no_pooled_scale() -> None:
+    one = torch.full((2, 3, 1, 1), 2.0)
+    assert hierarchical_distance(one, torch.zeros_like(one)) == 4
+
+
+def test_the_mean_square_of_nothing_is_a_connected_zero() -> None:
+    nothing = torch.zeros(0, 3, requires_grad=True)
+    assert mean_square(nothing) == 0
+    assert torch.autograd.grad(mean_square(nothing), nothing)[0].shape == (0, 3)
+
+
+# labels at the size of a map
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (3, 4), (1, 2), (16, 16)])
+def test_labels_are_made_small_as_by_the_library(grid: tuple[int, int]) -> None:
+    labels = torch.arange(70).view(2, 5, 7)
+    expected = F.interpolate(labels[:, None].float(), grid, mode="nearest")[:, 0].long()
+    assert torch.equal(small_labels(labels, *grid), expected)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps over positions: bringing two to one size, where a map looks, what is said at each place."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,3 +65,56 @@ def channelwise_divergence(student_map: Tensor, teacher_map: Tensor, temperature
     """
     student, teacher = (side.flatten(2) / temperature for side in (student_map, teacher_map))
     return temperature**2 * kl_divergence(student, teacher)
+
+
+def hierarchical_distance(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+    """Return the mean squared distance of two maps at several scales.
+
+        [ mse(s, t) + sum_j w_j mse( pool_{k_j}(s), pool_{k_j}(t) ) ] / ( 1 + sum_j w_j )
+
+    with k_j the sizes among 4, 2, 1 that are smaller than the map's height, and w_j = 2^-j, j = 1, 2, ...
+
+    Args:
+        student_map: `[B, C, H, W]`.
+        teacher_map: `[B, C, H, W]`.
+
+    Returns:
+        Scalar, averaged over everything; without rows a connected zero.
+
+    Example:
+        >>> hierarchical_distance(torch.zeros(1, 1, 2, 2), torch.tensor([[[[1.0, 1.0], [1.0, -1.0]]]]))
+        tensor(0.7500)
+    """
+    apart, weight, weights = student_map - teacher_map, 1.0, 1.0
+    loss = mean_square(apart)
+    for size in (4, 2, 1):
+        if size < student_map.shape[2]:
+            weight /= 2
+            weights += weight
+            # pooling is linear: the difference of the pooled maps is the pooled difference
+            loss = loss + weight * mean_square(F.adaptive_avg_pool2d(apart, size))
+    return loss / weights
+
+
+def mean_square(apart: Tensor) -> Tensor:
+    """Return the mean of squares; of nothing, a connected zero."""
+    return apart.square().sum() / max(apart.numel(), 1)
+
+
+def small_labels(labels: Tensor, height: int, width: int) -> Tensor:
+    """Return class maps at the size of a feature map, each position the nearest pixel above and left of it.
+
+    Args:
+        labels: `[B, H, W]` int64.
+        height: of the result.
+        width: of the result.
+
+    Example:
+        >>> small_labels(torch.arange(16).view(1, 4, 4), 2, 2)
+        tensor([[[ 0,  2],
+                 [ 8, 10]]])
+    """
+    rows = torch.arange(height, device=labels.device) * labels.shape[1] // height
+    columns = torch.arange(width, device=labels.device) * labels.shape[2] // width
+    small: Tensor = labels[:, rows][:, :, columns]
+    return small

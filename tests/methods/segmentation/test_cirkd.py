@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, distributed
-from torch.nn import functional as F
 
 from gloo_pool import GlooPool
 from golden_answer import with_gradients
@@ -21,7 +20,7 @@ from tutelage.core import Batch, Draw, Facts, Signals
 from tutelage.core.error import UserError
 from tutelage.core.term import Outcome
 from tutelage.functional import block
-from tutelage.methods.segmentation.cirkd import CIRKD, Form, Sorted, cirkd, laps, picks, small_labels, vectors
+from tutelage.methods.segmentation.cirkd import CIRKD, Form, Sorted, cirkd, laps, picks, vectors
 
 Arrays = dict[str, NDArray[Any]]
 FORMS: dict[Form, str] = {"class": "paper", "image": "code"}  # ours, the oracle's
@@ -291,12 +290,6 @@ def test_memory_grows_with_the_pixels_and_not_with_their_square(monkeypatch: pyt
 
 
 # what is remembered
-
-
-def test_labels_are_made_small_as_by_the_library() -> None:
-    for grid in ((3, 5), (8, 8), (1, 2), (16, 16)):
-        expected = F.interpolate(LABELS[:, None].float(), grid, mode="nearest")[:, 0].long()
-        assert torch.equal(small_labels(LABELS, *grid), expected)
 
 
 def test_pixels_lie_class_by_class() -> None:

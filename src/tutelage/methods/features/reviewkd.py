@@ -17,6 +17,7 @@ from tutelage.core.bridge import check_statistics
 from tutelage.core.error import UserError
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import hierarchical_distance
 
 CARD = Card(
     name="ReviewKD",
@@ -75,23 +76,8 @@ def reviewkd(fused_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor]) -> Te
                 f"reviewkd compares maps of one shape: the fused one is {list(fused.shape)}, "
                 f"the teacher's {list(teacher.shape)}"
             )
-        levels.append(_hierarchical(fused, teacher))
+        levels.append(hierarchical_distance(fused, teacher))
     return torch.stack(levels).sum()
-
-
-def _hierarchical(student: Tensor, teacher: Tensor) -> Tensor:
-    loss, weight, weights = _mean_square(student - teacher), 1.0, 1.0
-    for size in (4, 2, 1):
-        if size < student.shape[2]:
-            weight /= 2
-            weights += weight
-            # pooling is linear: the difference of the pooled maps is the pooled difference
-            loss = loss + weight * _mean_square(F.adaptive_avg_pool2d(student - teacher, size))
-    return loss / weights
-
-
-def _mean_square(apart: Tensor) -> Tensor:
-    return apart.square().sum() / max(apart.numel(), 1)
 
 
 class Fusion(nn.Module):

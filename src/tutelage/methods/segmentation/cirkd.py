@@ -22,6 +22,7 @@ from tutelage.functional.collective import gather_rows
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.pairwise import unit
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import small_labels
 
 CARD = Card(
     name="CIRKD",
@@ -150,25 +151,6 @@ def contrast(student: Tensor, teacher: Tensor, keys: Tensor, valid: Tensor, temp
 
     pieces = spans(len(kept), len(keys)) or [(0, 0)]
     return sum_over(pieces, compare, student.flatten(0, 1), teacher.flatten(0, 1), keys) / kept.sum().clamp(min=1)
-
-
-def small_labels(labels: Tensor, height: int, width: int) -> Tensor:
-    """Return class maps at the size of a feature map, each position the nearest pixel above and left of it.
-
-    Args:
-        labels: `[B, H, W]` int64.
-        height: of the result.
-        width: of the result.
-
-    Example:
-        >>> small_labels(torch.arange(16).view(1, 4, 4), 2, 2)
-        tensor([[[ 0,  2],
-                 [ 8, 10]]])
-    """
-    rows = torch.arange(height, device=labels.device) * labels.shape[1] // height
-    columns = torch.arange(width, device=labels.device) * labels.shape[2] // width
-    small: Tensor = labels[:, rows][:, :, columns]
-    return small
 
 
 @dataclass(frozen=True)
