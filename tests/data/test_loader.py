@@ -2,22 +2,25 @@
 import pickle
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
-from tutelage.core import Batch
+from tutelage.core import Batch, Frame
 from tutelage.core.error import UserError
 from tutelage.data import augment
 from tutelage.data.folder import Files
 from tutelage.data.loader import Loader
 from tutelage.data.mix import Mix
-from tutelage.data.samples import Arrays
+from tutelage.data.samples import Arrays, Dense
 
 
 def numbered(count: int, labelled: int | None = None, classes: int = 3) -> Arrays:
@@ -323,3 +326,68 @@ def test_images_of_different_size_are_named(files: Files) -> None:
 def test_what_cannot_be_loaded_is_said(make: Callable[[], Loader], message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         make()
+
+
+@dataclass(frozen=True)
+class Marked:
+    """Images with one box each, which moves with its image."""
+
+    targets: Tensor
+    class_names: tuple[str, ...] = ("thing",)
+    broken: int = -1
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def read(self, index: int) -> Any:
+        if index == self.broken:
+            raise OSError("cut short")
+        return torch.full((3, 4 + index, 6), index / 100), torch.tensor([0.0, 0.0, 2.0, 1.0])
+
+    def name(self, index: int) -> str:
+        return f"marked[{index}]"
+
+    def keep(self, index: Tensor) -> "Marked":
+        return replace(self, targets=self.targets[index])
+
+    def relabel(self, targets: Tensor) -> "Marked":
+        return replace(self, targets=targets)
+
+    def model_facts(self) -> dict[str, Any]:
+        return {"task": "detection", "num_classes": 1}
+
+    def seen(self, record: tuple[Tensor, Tensor], key: int, *, train: bool) -> tuple[Tensor, Tensor]:
+        image, box = record
+        return image, box + key % 7 if train else box
+
+    def collate(self, records: Sequence[tuple[Tensor, Tensor]], index: Tensor, view: Tensor) -> Batch:
+        sizes = torch.tensor([image.shape[-2:] for image, _ in records])
+        height, width = sizes.amax(dim=0).tolist()
+        inputs = torch.stack([F.pad(image, (0, 0, 0, height - image.shape[1])) for image, _ in records])
+        boxes = torch.stack([box for _, box in records])
+        frame = Frame((height, width), sizes, boxes, torch.arange(len(records)))
+        return Batch.of(inputs, self.targets[index], index=index, view=view, frame=frame)
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_dense_samples_change_and_pad_by_themselves(workers: int) -> None:
+    samples = Marked(torch.zeros(10, dtype=torch.long))
+    assert isinstance(samples, Dense)
+    loader = Loader(samples, 4, seed=3, train=True, workers=workers)
+    batch = next(loader.epoch(0))
+    assert batch.frame is not None
+    assert torch.equal(batch.frame.boxes[:, 0], (batch.view % 7).float())
+    assert torch.equal(batch.frame.image_size[:, 0], 4 + batch.index)
+    assert batch.inputs.shape[2] == batch.frame.size[0] == int(batch.index.max()) + 4
+    still = next(Loader(samples, 4, seed=3, train=False).epoch(0))
+    assert still.frame is not None
+    assert not still.frame.boxes[:, :2].any()
+
+
+def test_a_dense_sample_that_cannot_be_read_is_named_or_skipped() -> None:
+    samples = Marked(torch.zeros(6, dtype=torch.long), broken=2)
+    with pytest.raises(UserError, match=re.escape("marked[2]: cut short")):
+        list(Loader(samples, 3, train=False).epoch(0))
+    loader = Loader(samples, 3, train=False, on_error="skip")
+    assert [batch.index.tolist() for batch in loader.epoch(0)] == [[0, 1], [3, 4, 5]]
+    assert loader.skipped == {"marked[2]": "cut short"}

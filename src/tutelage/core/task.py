@@ -10,6 +10,9 @@ from tutelage.core.batch import Batch
 from tutelage.core.card import Averages
 from tutelage.core.model import Model
 
+#: Tasks on images with geometry; `data` and `models` make what belongs to each in a file of its name.
+DENSE = ("detection", "segmentation", "pose")
+
 
 @runtime_checkable
 class Task(Protocol):

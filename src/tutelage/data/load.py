@@ -4,6 +4,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from tutelage.core import Batch, Facts
 from tutelage.core.error import UserError, nearest
+from tutelage.core.task import DENSE
 from tutelage.data import augment
 from tutelage.data.loader import UNREADABLE, Loader
 from tutelage.data.mix import Mix
-from tutelage.data.samples import Composed, Held, Joined, Samples, stratified, without
+from tutelage.data.samples import Composed, Dense, Held, Joined, Samples, stratified, without
 
 #: Seed of a validation split the source does not make: apart from any run's.
 SPLIT_SEED = 11
@@ -75,7 +77,7 @@ class Splits:
     def model_facts(self) -> dict[str, Any]:
         """Return what a model must know of the data, as keywords of `tutelage.models.load.load`."""
         samples = self.train.samples
-        if isinstance(samples, Composed):
+        if isinstance(samples, (Composed, Dense)):
             return samples.model_facts()
         _, channels, height, width = self.sample().inputs.shape
         return {
@@ -84,6 +86,12 @@ class Splits:
             "image_size": (height, width),
             "class_names": self.class_names,
         }
+
+    def task_facts(self) -> dict[str, Any]:
+        """Return what a task must know of the data, as keywords of its constructor."""
+        samples = self.train.samples
+        more = samples.model_facts().get("geometry", {}) if isinstance(samples, Dense) else {}
+        return {"num_classes": self.num_classes, "class_names": self.class_names, **more}
 
     def facts(self, total_steps: int, seed: int = 0, accumulate: int = 1) -> Facts:
         """Return what terms may know of the run before its first step."""
@@ -128,6 +136,9 @@ class Spec:
         image_column: of an `hf:` set.
         label_column: of an `hf:` set.
         text: how text becomes samples, see `tutelage.data.text.Options`.
+        detection: how images with boxes are read, see `tutelage.data.detection.Options`.
+        segmentation: how images with class maps are read, see `tutelage.data.segmentation.Options`.
+        pose: how images with keypoints are read, see `tutelage.data.pose.Options`.
     """
 
     source: str
@@ -151,6 +162,9 @@ class Spec:
     image_column: str | None = None
     label_column: str | None = None
     text: Mapping[str, Any] | None = None
+    detection: Mapping[str, Any] | None = None
+    segmentation: Mapping[str, Any] | None = None
+    pose: Mapping[str, Any] | None = None
 
     @classmethod
     def parse(cls, given: "Mapping[str, Any] | str") -> "Spec":
@@ -255,15 +269,24 @@ OF_IMAGES = (
     *("labels", "unlabelled", "labelled_per_batch", "augment", "views", "image_size", "mixup", "cutmix"),
     *("image_column", "label_column"),
 )
+#: Words of the section that are about one class an image.
+OF_CLASSES = ("unlabelled", "views", "mixup", "cutmix")
 
 
 def load(
-    spec: Mapping[str, Any] | str, *, seed: int = 0, rank: int = 0, world_size: int = 1, sets: Sets | None = None
+    spec: Mapping[str, Any] | str,
+    *,
+    task: str = "classification",
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    sets: Sets | None = None,
 ) -> Splits:
     """Return the loaders of a recipe's `data` section.
 
     Args:
         spec: the section, or its `source` alone.
+        task: what the samples are for; a dense one reads them in a file of its own name.
         seed: of order and augmentation.
         rank: of this process.
         world_size: number of processes.
@@ -278,13 +301,16 @@ def load(
         (50, 10)
     """
     section = Spec.parse(spec)
+    if sets is None and task in DENSE:
+        sets = _dense(task, section)
     sets, apart = _with_validation(sets, section) if sets is not None else _read(section)
     for samples in sets.values():
         _require_classes(samples)
     train = _fewer_labels(sets["train"], section)
     if section.unlabelled is not None:
         train = _with_unlabelled(train, section)
-    plain = augment.build(section.augment, train=False, size=section.image_size)
+    dense = task in DENSE  # such samples change themselves: their geometry goes with the image
+    plain = None if dense else augment.build(section.augment, train=False, size=section.image_size)
     alike: dict[str, Any] = {"seed": seed, "workers": section.workers, "on_error": section.on_error}
     held_out = {  # read whole by every rank: a score needs all answers
         name: Loader(sets[name], section.batch_size, train=False, transform=plain, **alike)
@@ -299,7 +325,7 @@ def load(
         train,
         section.batch_size,
         train=True,
-        transform=augment.build(section.augment, train=True, size=section.image_size),
+        transform=None if dense else augment.build(section.augment, train=True, size=section.image_size),
         views=views,
         labelled_per_batch=section.labelled_per_batch,
         repeats=section.repeats,
@@ -309,6 +335,29 @@ def load(
         **alike,
     )
     return Splits(loader, held_out["validation"], held_out.get("test"), apart)
+
+
+def _dense(task: str, spec: Spec) -> Sets:
+    """Return the sets of a dense task: read by the file of its name.
+
+    Raises:
+        UserError: on a kind of source the task does not read, or words that mean nothing there.
+    """
+    home = import_module(f"tutelage.data.{task}")
+    for word in OF_CLASSES:
+        if getattr(spec, word):
+            raise UserError(f"data.{word} is for images with classes, and the task is {task}; leave it out")
+    for word in DENSE:
+        if word != task and getattr(spec, word) is not None:
+            raise UserError(f"data.{word}: the task is {task}; leave it out")
+    kind, _, place = spec.source.partition(":")
+    if kind not in home.KINDS:
+        known = ", ".join(word if word in home.EMBEDDED else f"{word}:PATH" for word in home.KINDS)
+        raise UserError(f"data.source {spec.source!r}: {task} reads {known}{nearest(kind, home.KINDS)}")
+    if kind not in home.EMBEDDED and not place:
+        raise UserError(f"data.source: write {kind}:PATH")
+    found: Sets = home.read(kind, place, spec)
+    return found
 
 
 def _read(spec: Spec) -> tuple[Sets, bool]:
@@ -341,7 +390,7 @@ def _with_validation(sets: Sets, spec: Spec) -> tuple[Sets, bool]:
             f"{spec.source} has no validation split: data.validation_share must lie in (0, 1), "
             f"not {spec.validation_share}"
         )
-    count = max(round(spec.validation_share * len(train)), len(train.class_names))
+    count = max(round(spec.validation_share * len(train)), _kinds(train))
     held_out = stratified(train.targets, count, SPLIT_SEED)
     left = train.keep(without(len(train), held_out))
     return {**sets, "train": left, "validation": train.keep(held_out)}, True
@@ -353,7 +402,7 @@ def _require_classes(samples: Samples) -> None:
     Raises:
         UserError: if a target is neither -1 nor a class.
     """
-    if isinstance(samples, Composed):
+    if isinstance(samples, (Composed, Dense)):
         return
     count = len(samples.class_names)
     wrong = ((samples.targets < -1) | (samples.targets >= count)).nonzero().flatten().tolist()
@@ -370,6 +419,11 @@ def _mixing(spec: Spec, num_classes: int) -> Mix | None:
     return Mix(num_classes, mixup=spec.mixup, cutmix=spec.cutmix) if wanted else None
 
 
+def _kinds(samples: Samples) -> int:
+    """Return how many samples must be chosen at least, to have one of every class."""
+    return 1 if isinstance(samples, Dense) else len(samples.class_names)
+
+
 def _with_unlabelled(train: Samples, spec: Spec) -> Samples:
     from tutelage.data.folder import unlabelled
 
@@ -382,9 +436,10 @@ def _fewer_labels(train: Samples, spec: Spec) -> Samples:
         return train
     known = int((train.targets >= 0).sum())
     wanted = round(spec.labels * known) if isinstance(spec.labels, float) else spec.labels
-    classes = len(train.class_names)
-    if not classes <= wanted <= known:
-        raise UserError(f"data.labels must keep between {classes} (one a class) and {known}, not {wanted}")
+    least = _kinds(train)
+    if not least <= wanted <= known:
+        one = "" if isinstance(train, Dense) else " (one a class)"
+        raise UserError(f"data.labels must keep between {least}{one} and {known}, not {wanted}")
     kept = stratified(train.targets, wanted, spec.label_seed)
     targets = torch.full_like(train.targets, -1)
     targets[kept] = train.targets[kept]

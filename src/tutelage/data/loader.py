@@ -5,7 +5,7 @@ import copy
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tutelage.core import Batch
 from tutelage.core.error import UserError
-from tutelage.data.samples import Composed, Held, Samples, to_unit
+from tutelage.data.samples import Composed, Dense, Held, Samples, to_unit
 from tutelage.functional.noise import keys, mix
 
 #: Images `[B, C, H, W]` and the keys of their augmentation `[B]` to images.
@@ -34,6 +34,7 @@ class Fetched:
     images: Tensor
     views: Mapping[str, Tensor]
     failures: Mapping[int, str]
+    records: Sequence[Any] = ()
 
 
 class Loader:
@@ -210,6 +211,8 @@ class Loader:
             if fetched.failures:  # a step without a batch would put epoch and position out of step
                 raise UserError(f"no sample of a whole batch could be read, the first is {next(iter(self.skipped))}")
             return None  # a small last batch of an evaluation leaves this rank nothing
+        if isinstance(self.samples, Dense):
+            return self.samples.collate(fetched.records, ids, view)
         views = {name: to_unit(images) for name, images in fetched.views.items()}
         batch = Batch.of(to_unit(fetched.images), self.samples.targets[ids], index=ids, view=view, views=views)
         if isinstance(self.samples, Composed):
@@ -243,22 +246,29 @@ class Loader:
             held = self.samples.read_many(ids)
             return Fetched(torch.arange(len(ids)), self._seen(held, view), self._further(held, view), {})
         rows: list[int] = []
+        records: list[Any] = []
         images: list[Tensor] = []
         further: list[dict[str, Tensor]] = []
         failures: dict[int, str] = {}
         for row, index in enumerate(ids.tolist()):
             try:
-                image = self.samples.read(index)[None]
+                found: Any = self.samples.read(index)
             except UNREADABLE as error:
                 failures[index] = str(error) or type(error).__name__
                 continue
-            key = view[row : row + 1]
             rows.append(row)
+            if isinstance(self.samples, Dense):
+                records.append(self.samples.seen(found, int(view[row]), train=self.train))
+                continue
+            image, key = found[None], view[row : row + 1]
             images.append(self._seen(image, key))
             further.append(self._further(image, key))
         names = [self.samples.name(int(ids[row])) for row in rows]
+        kept = torch.tensor(rows, dtype=torch.long)
+        if isinstance(self.samples, Dense):
+            return Fetched(kept, torch.zeros(0), {}, failures, records)
         joined = {name: joined_images([one[name] for one in further], names) for name in self.views}
-        return Fetched(torch.tensor(rows, dtype=torch.long), joined_images(images, names), joined, failures)
+        return Fetched(kept, joined_images(images, names), joined, failures)
 
     def _seen(self, images: Tensor, view: Tensor) -> Tensor:
         return self.transform(images, view) if self.transform is not None else images

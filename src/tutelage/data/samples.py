@@ -58,6 +58,32 @@ class Composed(Samples, Protocol):
         """Return the batch as models take it, from one whose inputs are what was read."""
 
 
+@runtime_checkable
+class Dense(Samples, Protocol):
+    """Images with geometry: boxes, masks, class maps or keypoints change as their image does.
+
+    `targets` says which samples are annotated: 0, or -1 where nothing is known of the image.
+    """
+
+    def model_facts(self) -> dict[str, Any]:
+        """Return what a model must know of the samples, as keywords of `tutelage.models.load.load`."""
+
+    def read(self, index: int) -> Any:
+        """Return one record as it lies on disk."""
+
+    def seen(self, record: Any, key: int, *, train: bool) -> Any:
+        """Return a record as a model sees it: resized, cropped, in training augmented, by the key alone."""
+
+    def collate(self, records: Sequence[Any], index: Tensor, view: Tensor) -> Batch:
+        """Return records as one batch, padded once to a common size.
+
+        Args:
+            records: as `seen` gives them.
+            index: `[B]` sample ids.
+            view: `[B]` keys of their augmentation.
+        """
+
+
 @final
 @dataclass(frozen=True)
 class Arrays:

@@ -122,6 +122,9 @@ class DataSection(Section):
     image_column: str | None = None
     label_column: str | None = None
     text: dict[str, Any] | None = None
+    detection: dict[str, Any] | None = None
+    segmentation: dict[str, Any] | None = None
+    pose: dict[str, Any] | None = None
 
 
 class OptimizerSection(Open):
