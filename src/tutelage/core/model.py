@@ -78,7 +78,7 @@ class Model:
     modules: Mapping[str, str] = field(default_factory=dict)
     input: InputSpec | None = None
     class_names: tuple[str, ...] = ()
-    call: Callable[[nn.Module, Any], Any] | None = None
+    call: Callable[..., Any] | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
     text: TextSpec | None = None
     constants: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
@@ -88,11 +88,11 @@ class Model:
         """Return a bare module as a Model without roles; its taps are named by path."""
         return model if isinstance(model, Model) else cls(model)
 
-    def __call__(self, inputs: Any) -> Any:
-        """Return what the module says to inputs, prepared as it wants them."""
+    def __call__(self, inputs: Any, **more: Any) -> Any:
+        """Return what the module says to inputs, prepared as it wants them; `more` goes to the module as it is."""
         if self.input is not None and isinstance(inputs, Tensor) and inputs.ndim == 4:
             inputs = self.input.prepare(inputs, self.constants)
-        return self.call(self.module, inputs) if self.call else self.module(inputs)
+        return self.call(self.module, inputs, **more) if self.call else self.module(inputs, **more)
 
     def expand(self, tap: Tap) -> tuple[Tap, ...]:
         """Return the taps that a tap stands for: one for every index of `stages[*]`, else itself.

@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from tutelage.core import InputSpec, Model, TextSpec
 from tutelage.core.error import UserError, nearest
 from tutelage.core.rebuild import repeated
+from tutelage.core.task import DENSE
 from tutelage.models import language, run, weights
 from tutelage.models.adapt import adapt, blank
 from tutelage.models.source import Built, Wanted
@@ -28,6 +30,8 @@ def load(
     image_size: tuple[int, int] | None = None,
     class_names: Sequence[str] = (),
     text: TextSpec | None = None,
+    task: str | None = None,
+    geometry: Mapping[str, Any] | None = None,
     seed: int | None = None,
 ) -> Model:
     """Return a model with its roles.
@@ -42,6 +46,9 @@ def load(
         image_size: (height, width) of the images.
         class_names: of the outputs, in order.
         text: what a language model is to read, instead of classes and images.
+        task: what a dense model is for, `detection`, `segmentation` or `pose`; such models are made by the file of
+            that name.
+        geometry: what a dense model must know besides, such as the number of keypoints.
         seed: of the initial weights; None draws them from torch's generator.
 
     Raises:
@@ -63,9 +70,28 @@ def load(
     if kind not in KINDS or not place:
         raise UserError(f"model {given['model']!r} is not known: write KIND:NAME{nearest(kind, KINDS)}")
     if kind == "run":
-        return _student(place, given, num_classes, image_size, text)
+        return _student(place, given, num_classes, image_size, text, task)
     if text is not None:
         return language.load(kind, place, given, text, seed)
+    if task is not None:
+        facts = {
+            "num_classes": given.get("num_classes", num_classes),
+            "in_channels": given.get("in_channels", in_channels),
+            "image_size": image_size,
+            "class_names": tuple(given.get("class_names", class_names)),
+            **(geometry or {}),
+        }
+        made: Model = import_module(f"tutelage.models.{task}").load(kind, place, given, facts, seed)
+        made.class_names = made.class_names or facts["class_names"]
+        made.source = {
+            "model": {word: value for word, value in given.items() if word != "weights"},
+            "task": task,
+            **{word: facts[word] for word in ("num_classes", "in_channels", "image_size")},
+            "class_names": list(made.class_names),
+            "geometry": dict(geometry or {}),
+            **made.source,
+        }
+        return made
     wanted = Wanted(
         place,
         given.get("num_classes", num_classes),
@@ -118,6 +144,8 @@ def rebuild(record: Mapping[str, Any], seed: int | None = None) -> Model:
         image_size=(size[0], size[1]) if size else None,
         class_names=record.get("class_names", ()),
         text=TextSpec(**text) if text else None,
+        task=record["task"] if record.get("task") in DENSE else None,
+        geometry=record.get("geometry"),
         seed=seed,
     )
 
@@ -128,6 +156,7 @@ def _student(
     num_classes: int | None,
     size: tuple[int, int] | None,
     text: TextSpec | None,
+    task: str | None,
 ) -> Model:
     """Return a run's student; the mapping may only say more of roles and input."""
     for word in given:
@@ -140,6 +169,8 @@ def _student(
         raise UserError(f"model 'run:{place}' has {record['num_classes']} classes, the data {num_classes}")
     if num_classes is not None and record.get("text"):
         raise UserError(f"model 'run:{place}' reads text, and the data is images")
+    if task is not None and record.get("task") != task:
+        raise UserError(f"model 'run:{place}' was trained for {record.get('task')}, and the data is for {task}")
     if text is not None:
         language.require_same(record.get("text"), text, f"run:{place}")
     if size is not None:
