@@ -14,6 +14,7 @@ import torch
 
 from tutelage.core import Batch, Distiller, Live, Model, Rebuild, Task, Teacher, ranks
 from tutelage.core.error import UserError, nearest
+from tutelage.core.task import DENSE
 from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.functional.noise import mix
@@ -180,7 +181,7 @@ def _require_classes(recipe: Recipe, spec: Mapping[str, Any], data: Splits) -> N
     """
     assert recipe.teacher is not None
     of_library = spec["weights"] == "pretrained" or (spec["weights"] is None and spec["model"].startswith("hf:"))
-    if not of_library or recipe.teacher.fit is not None or not data.num_classes:
+    if not of_library or recipe.teacher.fit is not None or not data.num_classes or recipe.task.name in DENSE:
         return
     entries = build_objective(recipe.objective).entries.values()
     read = {tap.where for entry in entries for tap in entry.term.reads.teacher}
@@ -240,8 +241,8 @@ def assemble(
     settings = recipe.train
     runtime = runtime or Runtime(settings.device, settings.precision)
     world = {"rank": ranks.rank(), "world_size": ranks.world_size()}
-    data = load_data(recipe.data.model_dump(), seed=settings.seed, sets=given.sets, **world)
-    task = task_of(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
+    data = load_data(recipe.data.model_dump(), task=recipe.task.name, seed=settings.seed, sets=given.sets, **world)
+    task = task_of(recipe.task, **data.task_facts())
     sample = data.sample(max(1, min(2, recipe.data.batch_size // ranks.world_size())))
     per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)
     total = settings.steps or max(1, round((settings.epochs or 0) * per_epoch))

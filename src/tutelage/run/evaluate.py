@@ -26,7 +26,7 @@ def evaluate(run: Path, *, source: str | None = None, split: str = "validation")
     recipe = RunFolder.existing(run).recipe()
     learning = {"labels": None, "labelled_per_batch": None, "unlabelled": None}  # no matter for a score
     section = recipe.data.model_copy(update={**learning, **({"source": source} if source else {})})
-    data = load_data(section.model_dump(), seed=recipe.train.seed)
+    data = load_data(section.model_dump(), task=recipe.task.name, seed=recipe.train.seed)
     loaders = {"validation": data.validation, "test": data.test}
     if split not in loaders:
         raise UserError(f"--split {split!r} is not known{nearest(split, loaders)}")
@@ -38,5 +38,5 @@ def evaluate(run: Path, *, source: str | None = None, split: str = "validation")
         raise UserError(f"the student's classes are not those of {section.source}, or lie in another order")
     runtime = Runtime(recipe.train.device)
     model.module.to(runtime.device)
-    task = task_of(recipe.task, num_classes=data.num_classes, class_names=data.class_names)
+    task = task_of(recipe.task, **data.task_facts())
     return score(model, task, loader, runtime.device)

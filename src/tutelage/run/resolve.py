@@ -9,11 +9,12 @@ import torch
 
 from tutelage.core import Model
 from tutelage.core.error import UserError
+from tutelage.core.task import DENSE
 from tutelage.data.augment import pair
 from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.data.loader import UNREADABLE
-from tutelage.data.samples import Composed, Held
+from tutelage.data.samples import Composed, Dense, Held
 from tutelage.models.known import trained_classes, untrained
 from tutelage.models.load import load as load_model
 from tutelage.run.given import NOTHING, Given
@@ -53,9 +54,9 @@ def resolve(recipe: Recipe, say: Say = lambda text: None, given: Given = NOTHING
     open_fit = teacher is not None and teacher.fit is not None and (teacher.fit.when != "always" or teacher.weights)
     if section.image_size is not None and section.augment is not None and not open_fit:
         return recipe
-    data = load_data(section.model_dump(), seed=recipe.train.seed, sets=given.sets)
+    data = load_data(section.model_dump(), task=recipe.task.name, seed=recipe.train.seed, sets=given.sets)
     changes: dict[str, Any] = {}
-    if not isinstance(data.train.samples, (Held, Composed)):
+    if not isinstance(data.train.samples, (Held, Composed, Dense)):
         say(_counts(recipe, data))
         if section.image_size is None and not (given.data is not None and len(set(_shapes(data))) == 1):
             changes["image_size"] = _image_size(recipe, data, say, given)
@@ -63,7 +64,7 @@ def resolve(recipe: Recipe, say: Say = lambda text: None, given: Given = NOTHING
             changes["augment"] = list(AUGMENT)
             say("training images: random resized crop, flip (data.augment)")
     if teacher is not None and open_fit:
-        teacher = _teacher(recipe, teacher, data.num_classes, say)
+        teacher = _teacher(recipe, teacher, 0 if recipe.task.name in DENSE else data.num_classes, say)
     if teacher is not None and teacher.fit is None and given.teacher is None and "image_size" in changes:
         _compare_sizes(teacher, data, pair(changes["image_size"]), say)
     return recipe.model_copy(update={"data": section.model_copy(update=changes), "teacher": teacher})
