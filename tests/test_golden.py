@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every method against the golden cases of the groups that its card claims.
+"""Every method against the golden cases of the groups that its card claims, and every other file that claims some.
 
 A method whose card says `golden=("core/kd", "classic/kd")` has in its test file
 
@@ -14,8 +14,15 @@ Every `loss*` and every gradient `grad_*` or `grad.*` must be in the answer, exc
 (`*_f32`), the readings of other sources (`alt_*` and their gradients `grad_*__alt_*`), and what the test
 file's optional `GOLDEN_SKIPS: dict[str, str]` lists: a pattern for names, and the reason. Whatever is in the
 answer is compared.
+
+What is no method (a model, a task, an engine) claims groups in its own test file: a literal
+
+    GOLDEN = ("core/rtmcc_head",)
+
+beside `golden()` anywhere under `tests`; it is read without importing the file.
 """
 
+import ast
 import functools
 import importlib.util
 import sys
@@ -40,7 +47,23 @@ SHORTEST_REASON = 15
 
 ROOT = golden_root()
 CASES = discover(ROOT)
+
+
+def own_claims(path: Path) -> tuple[str, ...]:
+    """The literal `GOLDEN` of a test file, or nothing."""
+    text = path.read_text(encoding="utf-8")
+    if "\nGOLDEN = " not in text:
+        return ()
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    named = (node.value for node in nodes if isinstance(node.targets[0], ast.Name) and node.targets[0].id == "GOLDEN")
+    return tuple(ast.literal_eval(next(named)))
+
+
+#: The test file that answers for each owner of claims: a method's stem, or the file's own place.
+FILES = {stem: TESTS / "methods" / family(stem) / f"test_{stem}.py" for stem in cards()}
+OTHERS = {path.relative_to(TESTS).with_suffix("").as_posix(): path for path in sorted(TESTS.rglob("test_*.py"))}
 CLAIMS = [(stem, claim) for stem, card in cards().items() for claim in card.golden]
+CLAIMS += [(place, claim) for place, path in OTHERS.items() for claim in own_claims(path)]
 
 
 # tolerances, as the README of each folder states them
@@ -183,14 +206,14 @@ def complaints(claim: str, answer: Any, given: Arrays, stored: Arrays, skips: di
 
 @functools.cache
 def method_tests(stem: str) -> ModuleType:
-    """The method's own test file, as pytest has imported it or imported here."""
-    path = TESTS / "methods" / family(stem) / f"test_{stem}.py"
+    """The owner's test file, as pytest has imported it or imported here."""
+    path = FILES.get(stem) or OTHERS[stem]
     if not path.is_file():
         pytest.fail(f"{path} is missing, and the card of {stem} claims golden cases", pytrace=False)
     for module in list(sys.modules.values()):
         if getattr(module, "__dict__", {}).get("__file__") == str(path):
             return module
-    spec = importlib.util.spec_from_file_location(f"golden_{family(stem)}_{stem}", path)
+    spec = importlib.util.spec_from_file_location(f"golden_{stem.replace('/', '_')}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -222,6 +245,7 @@ def test_golden(stem: str, case: Case) -> None:
 
 def test_a_claim_is_made_once_and_names_a_group_that_exists() -> None:
     repeated = [f"{stem}: {claim}" for (stem, claim), times in Counter(CLAIMS).items() if times > 1]
+    assert "core/simcc_codec" in {claim for place, claim in CLAIMS if place in OTHERS}
     assert not repeated
     if ROOT.resolve() == DEFAULT_ROOT:
         groups = {case.claim for case in CASES}
