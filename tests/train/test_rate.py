@@ -23,6 +23,12 @@ def test_linear_is_a_line() -> None:
     assert factors(5, decay="linear") == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
 
 
+def test_poly_is_a_power_of_what_is_left() -> None:
+    assert factors(4, decay="poly") == pytest.approx([1.0, 0.75**0.9, 0.5**0.9, 0.25**0.9])
+    assert factors(4, decay="poly", power=2.0, end=0.2) == pytest.approx([1.0, 0.65, 0.4, 0.25])
+    assert factors(5, decay="poly", power=1.0) == pytest.approx(factors(5, decay="linear"))
+
+
 def test_constant_stays() -> None:
     assert set(factors(30, decay="constant")) == {1.0}
 

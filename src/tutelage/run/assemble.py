@@ -80,6 +80,7 @@ class Assembled:
                 end=settings.end,
                 milestones=settings.milestones,
                 gamma=settings.gamma,
+                power=settings.power,
             ),
             total_steps=self.total_steps,
             seed=settings.seed,

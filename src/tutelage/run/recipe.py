@@ -141,9 +141,10 @@ class TrainSection(Section):
 
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, gt=0)
-    decay: Literal["constant", "cosine", "linear", "multistep", "exponential"] = "cosine"
+    decay: Literal["constant", "cosine", "linear", "poly", "multistep", "exponential"] = "cosine"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
+    power: float = Field(0.9, gt=0)
     end: float = 0.0
     warmup: Length | None = None
     accumulate: int = Field(1, ge=1)

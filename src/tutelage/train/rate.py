@@ -9,7 +9,7 @@ from typing import Literal
 
 from tutelage.core.schedule import Span
 
-Decay = Literal["constant", "cosine", "linear", "multistep", "exponential"]
+Decay = Literal["constant", "cosine", "linear", "poly", "multistep", "exponential"]
 
 
 @dataclass(frozen=True)
@@ -17,13 +17,14 @@ class Rate:
     """Linear warm-up, then a decay over the rest of the run.
 
     Args:
-        decay: `constant`, `cosine` or `linear` from 1 to `end`, `multistep` (times `gamma` at each
-            milestone), or `exponential` (times `gamma` an epoch).
+        decay: `constant`, `cosine`, `linear` or `poly` (what is left of the run, to the power `power`) from 1 to
+            `end`, `multistep` (times `gamma` at each milestone), or `exponential` (times `gamma` an epoch).
         warmup: optimizer steps of the warm-up from `warmup_start`.
         warmup_start: first factor.
-        end: last factor of cosine and linear.
+        end: last factor of cosine, linear and poly.
         milestones: in epochs.
         gamma: factor of multistep and exponential.
+        power: exponent of poly.
         steps_per_epoch: optimizer steps.
         total_steps: of the run.
     """
@@ -36,6 +37,7 @@ class Rate:
     end: float = 0.0
     milestones: Sequence[float] = ()
     gamma: float = 0.1
+    power: float = 0.9
 
     @classmethod
     def warm(cls, warmup: str | None, steps_per_epoch: int) -> float:
@@ -58,6 +60,8 @@ class Rate:
             return self.end + (1 - self.end) * (1 + math.cos(math.pi * progress)) / 2
         if self.decay == "linear":
             return self.end + (1 - self.end) * (1 - progress)
+        if self.decay == "poly":
+            return self.end + (1 - self.end) * float((1 - progress) ** self.power)
         epoch = step / self.steps_per_epoch
         if self.decay == "multistep":
             return float(self.gamma ** bisect.bisect_right(list(self.milestones), epoch))
