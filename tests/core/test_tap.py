@@ -52,6 +52,8 @@ def test_a_tap_is_read_from_a_path_a_mapping_or_a_tap() -> None:
             "tap 'conv': side 'outputs' is not known; did you mean output?",
         ),
         ({"where": "conv", "layout": "ncwh"}, "tap 'conv': layout 'ncwh' is not known; did you mean nchw?"),
+        ({"where": "conv", "layout": "grid"}, "tap 'conv': the layout `grid` goes with `grid: [height, width]`"),
+        ({"where": "conv", "grid": [2, 3]}, "tap 'conv': the layout `grid` goes with `grid: [height, width]`"),
     ],
 )
 def test_a_wrong_word_in_a_tap_is_named(words: dict[str, Any], said: str) -> None:
@@ -165,10 +167,23 @@ def test_an_element_that_is_not_there_is_an_error(tap: Tap, said: str) -> None:
         (Tap("0", layout="tokens", prefix=2), (2, 7, 3), (2, 5, 3)),
         (Tap("0", layout="tokens"), (2, 7, 3), (2, 7, 3)),
         (Tap("0", layout="cls"), (2, 7, 3), (2, 3)),
+        (Tap("0", layout="grid", prefix=1, grid=(2, 3)), (2, 7, 3), (2, 3, 2, 3)),
+        (Tap("0", layout="grid", grid=(2, 3)), (2, 24, 5), (2, 5, 4, 6)),
     ],
 )
 def test_layouts_are_recorded_as_one(tap: Tap, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
     assert recorded(nn.Sequential(nn.Identity()), tap, torch.zeros(shape)).shape == expected
+
+
+def test_tokens_fill_their_grid_row_by_row() -> None:
+    tokens = torch.arange(7.0).view(1, 7, 1)
+    found = recorded(nn.Sequential(nn.Identity()), Tap("0", layout="grid", prefix=1, grid=(2, 3)), tokens)
+    assert found[0, 0].tolist() == [[1, 2, 3], [4, 5, 6]]
+
+
+def test_tokens_that_fill_no_grid_are_named() -> None:
+    with pytest.raises(UserError, match=r"^tap 0\(grid\): 7 tokens fill no grid of the proportions 2x3$"):
+        recorded(nn.Sequential(nn.Identity()), Tap("0", layout="grid", grid=(2, 3)), torch.zeros(1, 7, 1))
 
 
 def test_a_wrong_path_names_the_nearest_and_leaves_no_hook() -> None:

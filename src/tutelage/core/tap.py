@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from tutelage.core.error import UserError, nearest
+from tutelage.functional.spatial import as_grid
 
 #: The vocabulary of roles. `models/` says where each lies in a model; `classifier` and `stages[i].norm` (the
 #: batch norm before a stage's last activation) name modules, `classifier.weight` is a parameter.
@@ -22,7 +23,7 @@ ROLES = (
 ROLE = re.compile(rf"({'|'.join(re.escape(role) for role in ROLES)})(\[(-?\d+|\*)\])?(\.pre|\.norm)?")
 
 Side = Literal["output", "input", "weight"]
-Layout = Literal["nchw", "nhwc", "tokens", "cls", "flat"]
+Layout = Literal["nchw", "nhwc", "tokens", "grid", "cls", "flat"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ class Tap:
         key: which element of a tuple, or which keyword or dictionary entry; the first tensor by default.
         call: which call (0-based), for a module that runs more than once in a forward.
         layout: how the tensor lies in the model; it is recorded as `[B, C, H, W]`, or `[B, L, D]` for tokens;
-            `cls` takes the first token alone, `flat` makes a map one vector.
+            `grid` makes tokens a map, `cls` takes the first token alone, `flat` makes a map one vector.
         prefix: number of prefix tokens, for the token layouts.
+        grid: (height, width) of the tokens, for the layout `grid`; on images of another size its proportions hold.
         part: (which, of how many) equal parts of the last dimension, for a layer that gives several tensors side
             by side, such as a fused query, key and value.
         view: of the batch, for a term that reads one model on several views; None is the view of its source.
@@ -51,6 +53,7 @@ class Tap:
     call: int | None = None
     layout: Layout = "nchw"
     prefix: int = 0
+    grid: tuple[int, int] | None = None
     part: tuple[int, int] | None = None
     view: str | None = None
 
@@ -59,6 +62,10 @@ class Tap:
             given = getattr(self, word)
             if given not in valid:
                 raise UserError(f"tap {self.where!r}: {word} {given!r} is not known{nearest(str(given), valid)}")
+        if self.grid is not None:
+            object.__setattr__(self, "grid", tuple(self.grid))  # a recipe gives a list
+        if (self.layout == "grid") != (self.grid is not None) or (self.grid and len(self.grid) != 2):
+            raise UserError(f"tap {self.where!r}: the layout `grid` goes with `grid: [height, width]`")
         if self.part is not None:
             which, count = self.part if len(self.part) == 2 else (-1, 0)
             if not 0 <= which < count:
@@ -146,6 +153,11 @@ def _arrange(tensor: Tensor, tap: Tap) -> Tensor:
         return tensor.permute(0, 3, 1, 2)
     if tap.layout == "tokens" and tap.prefix:
         return tensor[:, tap.prefix :]
+    if tap.grid is not None:
+        try:
+            return as_grid(tensor[:, tap.prefix :], tap.grid)
+        except ValueError as error:
+            raise UserError(f"tap {tap}: {error}") from error
     if tap.layout == "cls":
         return tensor[:, 0]
     if tap.layout == "flat":

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Maps over positions: bringing two to one size, where a map looks, what is said at each place."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +29,31 @@ def match(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
     if (height, width) < (rows, columns):
         return student_map, F.adaptive_avg_pool2d(teacher_map, (height, width))
     return student_map, teacher_map
+
+
+def as_grid(tokens: Tensor, like: tuple[int, int]) -> Tensor:
+    """Return tokens as a map: row by row, on the grid of these proportions.
+
+    Args:
+        tokens: `[B, L, D]`, without prefix tokens.
+        like: (height, width) of the grid, or of another with its proportions, such as the image's.
+
+    Returns:
+        `[B, D, H, W]` with `H W = L`.
+
+    Raises:
+        ValueError: if no such grid has L cells.
+
+    Example:
+        >>> import torch
+        >>> as_grid(torch.zeros(1, 6, 5), (20, 30)).shape
+        torch.Size([1, 5, 2, 3])
+    """
+    length = tokens.shape[1]
+    height = max(round(math.sqrt(length * like[0] / like[1])), 1)
+    if length % height:
+        raise ValueError(f"{length} tokens fill no grid of the proportions {like[0]}x{like[1]}")
+    return tokens.transpose(1, 2).unflatten(2, (height, length // height))
 
 
 def attention(feature_map: Tensor, power: float = 2.0) -> Tensor:
