@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RetinaNet: nine anchors a position, a focal loss over all of them.
+
+The parts and their names are torchvision's, so that its published weights fit; nothing resizes within.
+
+Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.retinanet import RetinaNetHead
+
+from tutelage.core import Tap
+from tutelage.functional.precision import full_precision
+from tutelage.models.detectors.dense import (
+    Padded,
+    Targets,
+    apart,
+    clipped,
+    decode,
+    encode,
+    focal,
+    matched,
+    one_hot,
+    overlap,
+    top,
+)
+from tutelage.models.detectors.pyramid import Pyramid
+
+SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
+RATIOS = (0.5, 1.0, 2.0)
+
+
+@final
+@dataclass(frozen=True)
+class Answers:
+    """What the network said of a batch.
+
+    Args:
+        logits: `[B, A, K]`, level after level.
+        codes: `[B, A, 4]` shifts and growths of the anchors.
+        anchors: `[A, 4]`.
+        counts: anchors of each level.
+        image_size: `[B, 2]` height and width without padding.
+        threshold: score below which nothing was found.
+        candidates: best scores of a level that are looked at.
+        iou: overlap above which the lesser of two boxes goes.
+        most: boxes an image.
+    """
+
+    logits: Tensor
+    codes: Tensor
+    anchors: Tensor
+    counts: Sequence[int]
+    image_size: Tensor
+    threshold: float
+    candidates: int
+    iou: float
+    most: int
+
+    def losses(self, targets: Targets) -> dict[str, Tensor]:
+        """Return the focal loss and the L1 loss of the boxes.
+
+        Each is summed over anchors, divided by the number that learn a box of the image, averaged over images.
+        """
+        return _losses(self.logits, self.codes, self.anchors, Padded.of(targets))
+
+    def detections(self) -> list[dict[str, Tensor]]:
+        """Return what was found in each image, best first, in the pixels of the batch."""
+        boxes, scores, labels = self.candidates_of()
+        return apart(boxes, scores, labels, iou=self.iou, most=self.most)
+
+    def candidates_of(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best boxes `[B, N, 4]`, scores and labels `[B, N]` of all levels, overlaps among them."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        start = 0
+        for count in self.counts:
+            scores, place, labels = top(
+                self.logits[:, start : start + count].float().sigmoid(), self.candidates, self.threshold
+            )
+            codes = self.codes[:, start : start + count].float().gather(1, place[..., None].expand(-1, -1, 4))
+            boxes = decode(codes, self.anchors[start : start + count][place])
+            found.append((clipped(boxes, self.image_size), scores, labels))
+            start += count
+        boxes, scores, labels = (torch.cat(rows, dim=1) for rows in zip(*found, strict=True))
+        return boxes, scores, labels
+
+
+@full_precision
+def _losses(logits: Tensor, codes: Tensor, anchors: Tensor, known: Padded) -> dict[str, Tensor]:
+    known, anchors = known.to(codes.dtype), anchors.to(codes.dtype)
+    which = matched(overlap(known, anchors), 0.5, 0.4)
+    goal, label = known.at(which)
+    learns = which >= 0
+    count = learns.sum(dim=1).clamp(min=1)
+    target = one_hot(label, learns, logits.shape[2], logits.dtype)
+    classes = focal(logits, target).sum(dim=2).where(which > -2, 0.0).sum(dim=1)
+    edges = (codes - encode(goal, anchors)).abs().sum(dim=2).where(learns, 0.0).sum(dim=1)
+    return {"classes": (classes / count).mean(), "boxes": (edges / count).mean()}
+
+
+@final
+class RetinaNet(nn.Module):
+    """Pyramid, two towers of convolutions, a class and a box for each anchor.
+
+    Args:
+        num_classes: K.
+        anchor: side of the smallest anchor, in strides.
+        head_norm: `batch` puts a batch norm behind each convolution of the towers.
+        threshold: score below which nothing was found.
+        candidates: best scores of a level that are looked at.
+        iou: overlap above which the lesser of two boxes of a class goes.
+        most: boxes an image.
+        options: of `Pyramid`.
+
+    Example:
+        >>> model = RetinaNet(3, backbone="tiny8", width=16)
+        >>> found = model(torch.zeros(2, 3, 64, 64)).detections()
+        >>> len(found), found[0]["boxes"].shape[1]
+        (2, 4)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        *,
+        anchor: float = 4.0,
+        head_norm: str | None = None,
+        threshold: float = 0.05,
+        candidates: int = 1000,
+        iou: float = 0.5,
+        most: int = 100,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.backbone = Pyramid(**options)
+        sides = [[int(anchor * stride * scale) for scale in SCALES] for stride in self.backbone.strides]
+        self.anchor_generator = AnchorGenerator(tuple(map(tuple, sides)), (RATIOS,) * len(sides))
+        layer = nn.BatchNorm2d if head_norm == "batch" else None
+        self.head = RetinaNetHead(self.backbone.width, len(SCALES) * len(RATIOS), num_classes, norm_layer=layer)
+        self.reading = partial(Answers, threshold=threshold, candidates=candidates, iou=iou, most=most)
+
+    def forward(self, pixels: Tensor, image_size: Tensor | None = None) -> Answers:
+        """Return the answers of all anchors.
+
+        Args:
+            pixels: `[B, 3, H, W]`, normalised.
+            image_size: `[B, 2]` height and width without padding; without it nothing is padded.
+        """
+        maps = self.backbone(pixels, image_size)
+        said = self.head(maps)
+        size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        [anchors] = self.anchor_generator(ImageList(pixels, [tuple(pixels.shape[-2:])]), maps)
+        counts = [one.shape[2] * one.shape[3] * len(SCALES) * len(RATIOS) for one in maps]
+        return self.reading(said["cls_logits"], said["bbox_regression"], anchors, counts, size)
+
+    def roles(self) -> dict[str, Tap]:
+        """Return the places of the maps and of the heads' answers, one for each level."""
+        towers = {"head.cls": "classification_head.cls_logits", "head.box": "regression_head.bbox_reg"}
+        levels = range(len(self.backbone.strides))
+        heads = {
+            f"{role}[{level}]": Tap(f"head.{path}", call=level) for role, path in towers.items() for level in levels
+        }
+        return self.backbone.roles() | heads
+
+    def lends(self) -> dict[str, str]:
+        """Return the modules a teacher may lend: the last convolution of each tower."""
+        return {"head.cls": "head.classification_head.cls_logits", "head.box": "head.regression_head.bbox_reg"}
+
+
+ARCHITECTURES = {"retinanet": RetinaNet}
