@@ -165,15 +165,39 @@ class TrainSection(Section):
         return self
 
 
+class StageSection(Section):
+    """One stage of a training: what differs from the recipe, section by section.
+
+    A stage goes on with the student as the stage before left it. With `inherit` it starts from a new student
+    that takes over only the parts named there. `previous` names the student of the stage before: as a teacher,
+    and as a source of `inherit`.
+    """
+
+    name: str = ""
+    task: dict[str, Any] | str | None = None
+    teacher: dict[str, Any] | str | None = None
+    data: dict[str, Any] = Field(default_factory=dict)
+    objective: dict[str, Any] | None = None
+    optimizer: dict[str, Any] = Field(default_factory=dict)
+    train: dict[str, Any] = Field(default_factory=dict)
+    inherit: dict[str, str] = Field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
+
+
 class CompareSection(Section):
-    """Arms compared over paired seeds."""
+    """Arms compared over paired seeds: an objective each, or `stages`."""
 
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     arms: dict[str, dict[str, Any]]
 
 
 class Recipe(Section):
-    """One run. `peers` are further students by name, which learn with the first one and are not kept."""
+    """One run.
+
+    `peers` are further students by name, which learn with the first one and are not kept. `inherit` copies parts of
+    the teacher into the student before the training, `{neck: teacher.neck}`, and `freeze` names modules of the
+    student that are not trained. `stages` are run one after the other.
+    """
 
     paper: Paper | None = None
     task: TaskSection = TaskSection()
@@ -181,9 +205,12 @@ class Recipe(Section):
     student: StudentSection
     peers: dict[str, StudentSection] = Field(default_factory=dict)
     data: DataSection
+    inherit: dict[str, str] = Field(default_factory=dict)
+    freeze: tuple[str, ...] = ()
     objective: dict[str, Any] = Field(default_factory=lambda: {"task": 1.0})
     optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection.model_validate({}))
     train: TrainSection
+    stages: tuple[StageSection, ...] = ()
     compare: CompareSection | None = None
     expected: dict[str, dict[str, float | int | str | None]] = Field(default_factory=dict)
 
@@ -197,7 +224,7 @@ class Recipe(Section):
 
     def plain(self) -> dict[str, Any]:
         """Return the recipe as plain data, every default written out."""
-        return {key: value for key, value in self.model_dump(mode="json").items() if value not in (None, {})}
+        return {key: value for key, value in self.model_dump(mode="json").items() if value not in (None, {}, [])}
 
     def text(self) -> str:
         """Return the recipe as YAML."""
@@ -316,6 +343,11 @@ def _based(path: Path) -> dict[str, Any]:
     base = read_yaml(read_text(base_path), base_path.name)
     if "base" in base:
         raise UserError(f"{path.name}: base: {name!r} has a base itself; one level only")
+    return laid_over(base, found)
+
+
+def laid_over(base: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's mapping laid over another, section by section; see `_based`."""
     found, base = _long(found), _long(base)
     both = [key for key in found if isinstance(found[key], dict) and isinstance(base.get(key), dict)]
     joined = {key: {**base[key], **found[key]} for key in both if not _another(key, found[key], base[key])}
