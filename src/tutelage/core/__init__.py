@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tutelage.core.tap import Tap as Tap
     from tutelage.core.task import Task as Task
     from tutelage.core.teacher import Live as Live
+    from tutelage.core.teacher import Shared as Shared
     from tutelage.core.teacher import Teacher as Teacher
     from tutelage.core.term import Draw as Draw
     from tutelage.core.term import Outcome as Outcome
@@ -40,6 +41,7 @@ HOMES = {
     "Frame": "batch",
     "InputSpec": "model",
     "Live": "teacher",
+    "Shared": "teacher",
     "Losses": "objective",
     "Model": "model",
     "Objective": "objective",

@@ -3,11 +3,13 @@
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from typing import Literal, final
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tutelage.core.batch import Batch
 from tutelage.core.error import UserError
@@ -18,10 +20,14 @@ from tutelage.core.tap import Tap
 from tutelage.core.task import Task
 
 Mode = Literal["eval", "batch_statistics", "train"]
+ANSWERS = 4  # batches, or views of one, that a shared teacher remembers
 
 
 class Teacher(ABC):
     """Yields signals without gradient. The Distiller tells it at build what will be read."""
+
+    #: the network that answers, where there is one that can be called
+    model: Model | None = None
 
     @abstractmethod
     def plan(self, taps: Iterable[Tap], borrows: Iterable[str], task: Task, sample: Batch) -> Signals:
@@ -53,7 +59,7 @@ class Live(Teacher):
     """
 
     def __init__(self, model: nn.Module | Model, mode: Mode = "eval") -> None:
-        self.model = Model.of(model)
+        self.model: Model = Model.of(model)
         if mode not in ("eval", "batch_statistics", "train"):
             raise UserError(f"teacher mode {mode!r} is not known; valid: batch_statistics, eval, train")
         self.mode: Mode = mode
@@ -111,3 +117,68 @@ class Live(Teacher):
         if self.reader is not None:
             self.reader.close()
         self.reader = None
+
+
+@dataclass
+class _Common:
+    """What all who share a teacher have in common."""
+
+    teacher: Live
+    taps: dict[Tap, None] = field(default_factory=dict)
+    borrows: dict[str, None] = field(default_factory=dict)
+    answers: "deque[tuple[Tensor, Signals]]" = field(default_factory=lambda: deque(maxlen=ANSWERS))
+
+
+@final
+class Shared(Teacher):
+    """One network that several Distillers ask about the same batches: it answers each of them once.
+
+    A batch is known again by the tensor of its inputs itself, not by its values: nothing is compared, and a batch
+    that was loaded twice is answered twice. The hooks stay until the live teacher is closed.
+
+    Args:
+        teacher: in mode `eval`, in which an answer changes nothing; or a `Shared` beside which this one stands.
+
+    Raises:
+        UserError: if the teacher changes with what it sees.
+    """
+
+    def __init__(self, teacher: "Live | Shared") -> None:
+        if isinstance(teacher, Live) and teacher.mode != "eval":
+            raise UserError(f"a teacher in mode {teacher.mode} changes as it answers; one in mode eval can be shared")
+        self.common = teacher.common if isinstance(teacher, Shared) else _Common(teacher)
+        self.model: Model = self.common.teacher.model
+        self.names: set[str] = set()
+
+    def networks(self) -> tuple[nn.Module, ...]:
+        """Return the one network."""
+        return self.common.teacher.networks()
+
+    def plan(self, taps: Iterable[Tap], borrows: Iterable[str], task: Task, sample: Batch) -> Signals:
+        """Let the network record these taps beside those of the others; return the signals of a first forward."""
+        common, wanted, lent = self.common, tuple(taps), tuple(borrows)
+        places = [tap for tap in wanted if tap.where != "logits"]
+        self.names = {"logits", *(one.name for tap in places for one in self.model.expand(tap))}
+        common.taps |= dict.fromkeys(wanted)
+        common.borrows |= dict.fromkeys(lent)
+        common.answers.clear()
+        return self._own(common.teacher.plan(common.taps, common.borrows, task, sample))
+
+    def observe(self, batch: Batch) -> Signals:
+        """Return the network's signals, of now or of when another asked."""
+        key = _first(batch.inputs)
+        for seen, signals in self.common.answers:
+            if seen is key:
+                return self._own(signals)
+        signals = self.common.teacher.observe(batch)
+        self.common.answers.append((key, signals))
+        return self._own(signals)
+
+    def _own(self, signals: Signals) -> Signals:
+        return replace(signals, taps={name: tap for name, tap in signals.taps.items() if name in self.names})
+
+
+def _first(inputs: Any) -> Tensor:
+    """Return the tensor by which inputs are known again."""
+    found: Tensor = next(iter(inputs.values() if isinstance(inputs, Mapping) else [inputs]))
+    return found

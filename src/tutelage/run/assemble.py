@@ -70,7 +70,6 @@ class Assembled:
         own = {"weight_decay": section.weight_decay} if section.decay_norms else {}
         return Loop(
             distiller=self.distiller,
-            batches=self.data.train,
             optimizer=build_optimizer(section.name, groups, lr=section.lr, **own, **section.options),
             rate=Rate(
                 settings.decay,
@@ -90,7 +89,7 @@ class Assembled:
             average=Average(self.distiller.student, settings.ema) if settings.ema is not None else None,
             log=log,
             log_every=settings.log_every,
-            **more,
+            **{"batches": self.data.train, **more},
         )
 
     def settled(self) -> Model:
@@ -261,7 +260,7 @@ def assemble(
     peers = _peers(recipe, data)
     torch.manual_seed(mix(settings.seed, TERMS))
     rebuilds: list[Rebuild] = []
-    lender = teacher.model if isinstance(teacher, Live) else None
+    lender = teacher.model if teacher is not None else None
     for rebuild in rebuilds_of(recipe.objective):
         student = rebuild.begin(student, lender, task, facts, sample)
         rebuilds.append(rebuild)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tutelage.core import Batch, Distiller, InputSpec, Live, Task, ranks
+from tutelage.core import Batch, Distiller, InputSpec, Task, ranks
 from tutelage.core.error import UserError
 from tutelage.report.dry_run import DryRun
 from tutelage.report.measure import evaluating
@@ -124,7 +124,7 @@ def check(made: Assembled, *, fitted: bool = True) -> Check:
         scores = _probe(made)
     models = dict(distiller.models)
     teacher = distiller.teachers.get("teacher")
-    if isinstance(teacher, Live):
+    if teacher is not None and teacher.model is not None:
         models["teacher"] = teacher.model
     return Check(
         DryRun.of(distiller),
@@ -183,7 +183,7 @@ def _strengths(
 def _probe(made: Assembled) -> dict[str, float] | None:
     """Return the scores of a live teacher on a few validation batches, in eval mode."""
     teacher = made.distiller.teachers.get("teacher")
-    if not isinstance(teacher, Live):
+    if teacher is None or teacher.model is None:
         return None
     model = teacher.model
 

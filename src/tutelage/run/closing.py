@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.core import Batch, Live
+from tutelage.core import Batch
 from tutelage.report.measure import evaluating
 from tutelage.run.assemble import Assembled
 from tutelage.tasks.classification import Classification, agreement, by_class
@@ -47,7 +47,7 @@ def closing(made: Assembled) -> Closing:
 
     scores = None
     teacher = distiller.teachers.get("teacher")
-    if isinstance(teacher, Live):
+    if teacher is not None and teacher.model is not None:
         model = teacher.model
         with evaluating(model.module):
             scores = task.score(answers("teacher", lambda batch: task.call(model, batch)))

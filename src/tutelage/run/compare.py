@@ -2,25 +2,35 @@
 """Arms of one recipe over paired seeds: same initial weights, same batches, same number of updates."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from tutelage.core import Live, Shared, ranks
 from tutelage.core.error import UserError
 from tutelage.core.storage import write_text
+from tutelage.data.load import Splits
+from tutelage.data.load import load as load_data
+from tutelage.functional.noise import mix
+from tutelage.models.load import load as load_model
 from tutelage.report.comparison import Comparison
 from tutelage.report.measure import Measures
 from tutelage.report.measure import table as cost_table
 from tutelage.report.metric import Metric
 from tutelage.report.table import Table
-from tutelage.run.assemble import task_of
-from tutelage.run.distill import Result, distill, rehearse, teacher_recipe
+from tutelage.run.assemble import INIT, task_of, teacher_of
+from tutelage.run.distill import Result, distill, distilling, rehearse, teacher_recipe
+from tutelage.run.folder import RunFolder
+from tutelage.run.given import NOTHING, Given
 from tutelage.run.objective import build as build_objective
 from tutelage.run.objective import of_methods, peers_of, rebuilds_of
 from tutelage.run.page import comparison_page
-from tutelage.run.recipe import Recipe, TaskSection, load, read_text
+from tutelage.run.recipe import Recipe, TaskSection, load, parse, read_text
 from tutelage.run.resolve import resolve
+from tutelage.train.lockstep import InStep, advance
 from tutelage.train.runtime import Runtime
 
 COMPARISON = "comparison.json"
@@ -96,9 +106,13 @@ def compare(
     *,
     title: str,
     quiet: bool = False,
+    apart: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Compared:
     """Run every arm with every seed; finished runs are not run again.
+
+    Arms of one seed with the same data and training go side by side, step by step: each batch is loaded once, and a
+    teacher that several of them have answers it once. Their bits are those of runs one after another.
 
     Args:
         arms: recipes by name, the baseline first; their own seeds do not count.
@@ -106,6 +120,7 @@ def compare(
         folder: of the comparison; each run has a folder in it, and arms of one teacher share its fit.
         title: of the report.
         quiet: show no progress.
+        apart: run one arm after another: slower, in the memory of one student.
         say: told what has run.
 
     Raises:
@@ -126,7 +141,9 @@ def compare(
     measures: dict[str, Measures] = {}
     teacher_score = None
     results: dict[str, dict[int, Result]] = {name: {} for name in arms}
+    places: dict[str, Path | None] = {}
     for seed in seeds:
+        seeded: dict[str, Recipe] = {}
         for name, recipe in arms.items():
             place = None
             if recipe.teacher is not None and recipe.teacher.fit is not None:
@@ -138,16 +155,12 @@ def compare(
                     measures[place.name] = fitted.measures
                     teacher_score = fitted.scores[metric.key] if len(teachers) == 1 else None
                     say(f"{place.name}: {metric.label} {metric.show(fitted.scores[metric.key])}")
-            one = recipe.model_copy(update={"compare": None, "train": recipe.train.model_copy(update={"seed": seed})})
-            found = distill(
-                one,
-                folder / f"{_stem(name)}-{seed}",
-                title=f"{name}, seed {seed}",
-                quiet=quiet,
-                teacher_folder=place,
-            )
-            results[name][seed] = found
-            say(f"{name}, seed {seed}: {metric.label} {metric.show(found.scores[metric.key])}")
+            train = recipe.train.model_copy(update={"seed": seed})
+            seeded[name], places[name] = recipe.model_copy(update={"compare": None, "train": train}), place
+        for group in _groups(seeded, apart):
+            for name, found in _run(group, places, folder, seed, quiet):
+                results[name][seed] = found
+                say(f"{name}, seed {seed}: {metric.label} {metric.show(found.scores[metric.key])}")
     measures |= {name: runs[seeds[0]].measures for name, runs in results.items()}
     scores = {name: {seed: r.scores[metric.key] for seed, r in runs.items()} for name, runs in results.items()}
     compared = Compared(
@@ -168,6 +181,76 @@ def compare(
     return compared
 
 
+def _groups(arms: Mapping[str, Recipe], apart: bool) -> list[dict[str, Recipe]]:
+    """Return the arms that can go side by side together: those of the same batches."""
+    groups: list[dict[str, Recipe]] = []
+    for name, recipe in arms.items():
+        firsts = [(group, next(iter(group.values()))) for group in groups]
+        like = [group for group, one in firsts if _batches(one) == _batches(recipe) and not one.stages]
+        if like and not (apart or recipe.stages):
+            like[0][name] = recipe
+        else:
+            groups.append({name: recipe})
+    return groups
+
+
+def _batches(recipe: Recipe) -> tuple[Any, ...]:
+    """Return all that the batches of a run depend on."""
+    return recipe.task.name, recipe.data, recipe.train
+
+
+def _run(
+    arms: Mapping[str, Recipe], places: Mapping[str, Path | None], folder: Path, seed: int, quiet: bool
+) -> Iterator[tuple[str, Result]]:
+    """Run the arms of one seed side by side; yield what each ended with."""
+    recipe = next(iter(arms.values()))
+    runtime = Runtime(recipe.train.device, recipe.train.precision)
+    homes = {name: folder / f"{_stem(name)}-{seed}" for name in arms}
+    left = [name for name, home in homes.items() if RunFolder(home).result() is None]
+    title = f"{len(left)} arms, seed {seed}"
+    with runtime.joined():
+        given = _shared(arms, places, runtime) if len(left) > 1 else {}
+        running = {
+            name: distilling(
+                arm,
+                homes[name],
+                title=title if len(left) > 1 else f"{name}, seed {seed}",
+                quiet=quiet or (name in left[1:]),  # one bar for all
+                teacher_folder=places[name],
+                given=given.get(name, NOTHING),
+            )
+            for name, arm in arms.items()
+        }
+        yield from advance(running)
+
+
+def _shared(arms: Mapping[str, Recipe], places: Mapping[str, Path | None], runtime: Runtime) -> dict[str, Given]:
+    """Return by arm the batches of all, and the teacher it has in common with others."""
+    first, data = next(iter(arms.values())), None
+    world = {"rank": ranks.rank(), "world_size": ranks.world_size()}
+    data = load_data(first.data.model_dump(), task=first.task.name, seed=first.train.seed, sets=None, **world)
+    batches, teachers = InStep(data.train, runtime.device), dict[str, Shared]()
+    found = {}
+    for name, arm in arms.items():
+        section, place, shared = arm.teacher, places[name], None
+        if section is not None and section.mode == "eval":
+            key = f"{section.model_dump_json()} {arm.student.model_dump_json()}"
+            if key not in teachers:
+                teachers[key] = Shared(_teacher(arm, data, place))
+            shared = Shared(teachers[key])
+        found[name] = Given(teacher=shared, batches=batches)
+    return found
+
+
+def _teacher(recipe: Recipe, data: Splits, place: Path | None) -> Live:
+    """Return the teacher that a run of its own would build, after its student: also where it starts at random."""
+    torch.manual_seed(mix(recipe.train.seed, INIT))
+    load_model({"model": recipe.student.model, **recipe.student.options}, **data.model_facts())
+    found = teacher_of(recipe, data, RunFolder(place).weights if place else None, NOTHING)
+    assert isinstance(found, Live)
+    return found
+
+
 def published(recipe: Recipe, metric: Metric) -> dict[str, float]:
     """Return what the papers print of each arm, by name, from a recipe's `expected` section."""
     scale = 0.01 if metric.percent else 1.0
@@ -183,7 +266,21 @@ def arms_of(recipe: Recipe) -> dict[str, Recipe]:
     """
     if recipe.compare is None:
         raise UserError("the recipe has no `compare` section: arms and seeds")
-    return {name: with_objective(recipe, objective) for name, objective in recipe.compare.arms.items()}
+    return {name: _arm(recipe, name, given) for name, given in recipe.compare.arms.items()}
+
+
+def _arm(recipe: Recipe, name: str, given: Mapping[str, Any]) -> Recipe:
+    """Return the recipe with what an arm says: an objective, or stages.
+
+    Raises:
+        UserError: if an arm has both, or is not valid.
+    """
+    if "stages" not in given:
+        return with_objective(recipe, given)
+    if len(given) > 1:
+        raise UserError(f"compare.arms.{name}: its stages have an objective each; nothing stands beside them")
+    plain = recipe.model_dump(mode="json", exclude={"compare", "stages"})
+    return parse({**plain, "stages": given["stages"]}, where=f"compare.arms.{name}")
 
 
 def baselines(recipe: Recipe) -> dict[str, Recipe]:
@@ -205,12 +302,14 @@ def with_objective(recipe: Recipe, objective: Mapping[str, Any]) -> Recipe:
         for e in entries
         if e.teacher.partition("@")[0] == "teacher" and (e.term.reads.teacher or e.term.reads.borrows)
     ]
-    named = peers_of(objective)
+    named, taught = peers_of(objective), bool(read or rebuilds_of(objective))
     return recipe.model_copy(
         update={
             "compare": None,
             "objective": dict(objective),
-            "teacher": recipe.teacher if read or rebuilds_of(objective) else None,
+            "stages": (),
+            "inherit": recipe.inherit if taught else {},
+            "teacher": recipe.teacher if taught else None,
             "peers": {name: peer for name, peer in recipe.peers.items() if name in named},
         }
     )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One run: from a recipe to a trained student in a folder."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from tutelage.run.recipe import Recipe, parse
 from tutelage.run.resolve import resolve
 from tutelage.run.share import settle_shares
 from tutelage.train.checkpoint import Shelf
+from tutelage.train.lockstep import exhaust
 from tutelage.train.log import Log
 from tutelage.train.runtime import Runtime
 
@@ -122,6 +123,25 @@ def distill(
     Raises:
         UserError: for whatever is wrong with the recipe, the data or the models.
     """
+    options: dict[str, Any] = {"title": title, "quiet": quiet, "teacher_folder": teacher_folder}
+    return exhaust(distilling(recipe, folder, **options, say=say, given=given))
+
+
+def distilling(
+    recipe: Recipe,
+    folder: Path,
+    *,
+    title: str = "student",
+    quiet: bool = False,
+    teacher_folder: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    given: Given = NOTHING,
+) -> Generator[int, None, Result]:
+    """Do what `distill` does, and yield the number of steps done before each further one.
+
+    Raises:
+        UserError: for whatever is wrong with the recipe, the data or the models.
+    """
     home, asked = RunFolder(folder), recipe
     runtime = Runtime(recipe.train.device, recipe.train.precision)
     with runtime.joined():
@@ -155,13 +175,14 @@ def distill(
                 save_every=_every(settings.save_every, made.steps_per_epoch),
                 evaluate=lambda: score(made.distiller, made.task, made.data.validation, runtime.device),
                 evaluate_every=_every(settings.evaluate_every, made.steps_per_epoch),
+                **({} if given.batches is None else {"batches": given.batches}),
             )
             # the first thing written: all of the run was built
             runtime.first(lambda: home.claim(asked, recipe))
             say_found(made, say)
             for line in brief:
                 say(line)
-            scores = loop.run()
+            scores = yield from loop.running()
         for line in left_out(made.data):
             say(line)
         if loop.average is not None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tutelage.core import Model, Teacher
 from tutelage.data.samples import Samples
 from tutelage.models.adapt import adapt
+from tutelage.train.lockstep import Batches
 
 
 @dataclass(frozen=True)
@@ -20,11 +21,13 @@ class Given:
         student: a module or `Model`; trained in place.
         teacher: a module, `Model` or `Teacher`, trained already.
         data: sets by split.
+        batches: what is trained on, of the recipe's data: loaded once for several runs.
     """
 
     student: nn.Module | Model | None = None
     teacher: nn.Module | Model | Teacher | None = None
     data: Mapping[str, Samples] | None = None
+    batches: Batches | None = None
 
     @property
     def sets(self) -> dict[str, Samples] | None:

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: accumulation, clipping, averaging of weights, evaluation, logs, and exact resume."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tutelage.core.error import UserError
 from tutelage.functional.noise import mix
 from tutelage.train.average import Average
 from tutelage.train.checkpoint import Shelf, load, nonfinite, require_fit
+from tutelage.train.lockstep import Batches, exhaust
 from tutelage.train.log import Log
 from tutelage.train.rate import Rate
 from tutelage.train.runtime import Runtime
@@ -22,17 +23,6 @@ from tutelage.train.runtime import Runtime
 DROPOUT = 0x0D  # salt of the generators' seed in a step
 NORM = "gradient norm"
 NEVER = 0  # steps are counted from 1 in records and messages
-
-
-class Batches(Protocol):
-    """What the loop reads: batches as a function of epoch and position."""
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches an epoch."""
-
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch from a position on."""
 
 
 class DivergedError(UserError):
@@ -88,11 +78,19 @@ class Loop:
         Raises:
             DivergedError: naming the first step and term that were not finite.
         """
+        return exhaust(self.running())
+
+    def running(self) -> Generator[int, None, dict[str, float]]:
+        """Do what `run` does, and yield the number of steps done before each further one.
+
+        Every step seeds the generators it draws from: whatever happens between two steps, the bits are the same.
+        """
         self.begin()
         self._resume()
         self.never_finite = set(nonfinite(self.state()))  # such as a mask that a model keeps as a buffer
         self.distiller.train()
         scores: dict[str, float] | None = None
+        yield self.distiller.step
         for batches in self._steps():
             step = self.distiller.step
             losses = self.step(batches)
@@ -107,6 +105,8 @@ class Loop:
                 scores = self._score()
             if save and self.shelf and ranks.rank() == 0:
                 self.shelf.put(done, state)  # after the lines of this step: a resumed run does not repeat them
+            if not last:
+                yield done
         return self._scores() if scores is None else scores
 
     def begin(self) -> None:
