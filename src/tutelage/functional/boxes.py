@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes on the grids of feature maps.
+
+Boxes are x1, y1, x2, y2 in pixels. Everything runs over all boxes of a batch at once, without asking the device
+how many cells they cover.
+"""
+
+import torch
+from torch import Tensor
+
+
+def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return how strongly the boxes of each image claim each cell of its map: one over the cells of a box.
+
+    Convention:
+        - an image of (height, width) pixels fills the map: x becomes x * columns / width
+        - a box spans the cells from floor(lower edge) to ceil(upper edge), both included; a span is clipped at the
+          map, the number of its cells is not
+        - of several boxes on a cell the largest value counts, that of the smallest box
+
+    Args:
+        boxes: `[M, 4]`, any float dtype; used in float32 or wider.
+        box_image: `[M]` int64, the image of each box.
+        image_size: `[B, 2]` (height, width) of each image in the pixels of the boxes.
+        grid: (rows, columns) of the map.
+
+    Returns:
+        `[B, rows, columns]`, 0 where no box lies.
+
+    Example:
+        >>> coverage(torch.tensor([[0.0, 0.0, 10.0, 4.0]]), torch.tensor([0]), torch.tensor([[8, 40]]), (2, 4))
+        tensor([[[0.2500, 0.2500, 0.0000, 0.0000],
+                 [0.2500, 0.2500, 0.0000, 0.0000]]])
+    """
+    boxes = boxes.float() if boxes.dtype != torch.float64 else boxes
+    size = image_size.to(boxes.dtype)[box_image]
+    cells, inside = torch.ones_like(boxes[:, 0]), []
+    for axis, count in enumerate(grid):
+        # multiplied first: an edge on the border of two cells is found there whatever the size
+        edges = boxes[:, 1 - axis :: 2] * count / size[:, axis, None]
+        first, last = edges[:, 0].floor(), edges[:, 1].ceil()
+        cells = cells * (last + 1 - first)
+        place = torch.arange(count, device=boxes.device, dtype=boxes.dtype)
+        inside.append((place >= first[:, None]) & (place <= last[:, None]))
+    claims = (inside[0][:, :, None] & inside[1][:, None, :]) / cells[:, None, None]
+    owner = box_image[:, None, None].expand_as(claims)
+    return boxes.new_zeros(len(image_size), *grid).scatter_reduce(0, owner, claims, "amax")
