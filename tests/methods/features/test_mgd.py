@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from method_case import MethodCase, gaussian
 from oracles import mgd as oracle
@@ -183,6 +183,39 @@ def test_equal_widths_need_no_alignment() -> None:
         *("generation.0.weight", "generation.0.bias", "generation.2.weight", "generation.2.bias")
     }
     assert case(width=6).built().state_dict()["align.weight"].shape == (6, 4, 1, 1)
+
+
+def pyramid(seed: int, width: int) -> dict[str, Tensor]:
+    return gaussian(seed, {f"fpn[{n}]": (6, width, 4 - n, 6 - n) for n in range(3)})
+
+
+def test_levels_of_a_pyramid_add_up_each_with_layers_and_a_mask_of_its_own() -> None:
+    here = MethodCase(
+        term=lambda: MGD(student_tap="fpn[*]", teacher_tap="fpn[*]"),
+        student=lambda seed: pyramid(seed, 4),
+        teacher=lambda seed: pyramid(seed + 1000, 5),
+    )
+    term, batch = here.built(), here.batch()
+    weights = term.state_dict()
+    assert [name for name in weights if "align" in name and "weight" in name] == [f"align.{n}.weight" for n in range(3)]
+    student, teacher = here.tensors()
+    noise = here.draws(term, student, teacher, batch)
+    assert [drawn.shape for drawn in noise] == [(6, 1, 4 - n, 6 - n) for n in range(3)]
+    assert not torch.equal(noise[0][:, :, :2, :4], noise[2])
+    assert teacher is not None
+    parts = []
+    for n, name in enumerate(student):
+        own = {key.replace(f".{n}.", ".", 1): value for key, value in weights.items() if key.split(".")[1] == str(n)}
+        parts.append(run(MGD(), student[name], teacher[name], own, noise[n])[0])
+    torch.testing.assert_close(here.loss(term, student, teacher, batch, noise), torch.stack(parts).sum())
+
+
+def test_some_levels_of_a_pyramid() -> None:
+    levels = ["fpn[0]", "fpn[1]"]
+    term = MGD(student_tap=levels, teacher_tap=levels)
+    term.build(Signals(None, pyramid(0, 4)), Signals(None, pyramid(1, 4)), Facts())
+    assert isinstance(term.generation, nn.ModuleList)
+    assert len(term.generation) == 2
 
 
 def test_taps_of_ones_own() -> None:

@@ -9,11 +9,13 @@ used here.
 from collections.abc import Mapping
 from typing import Any, Literal, final
 
+import torch
 from torch import Tensor, nn
 
 from tutelage.core import Batch, Card, Draw, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import bridge, check_grid
 from tutelage.core.error import UserError
+from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
 
 CARD = Card(
@@ -57,7 +59,6 @@ def mgd(rebuilt: Tensor, teacher_map: Tensor) -> Tensor:
         Scalar, float32 or wider.
 
     Example:
-        >>> import torch
         >>> mgd(torch.zeros(2, 1, 1, 2), torch.tensor([1.0, 2.0]).expand(2, 1, 1, 2))
         tensor(5.)
 
@@ -85,12 +86,14 @@ def keep_mask(noise: Tensor, mask: Mask, mask_ratio: float) -> Tensor:
 class MGD(Term):
     """Term form of :func:`mgd`: aligns widths, masks, generates with two 3x3 convolutions, compares.
 
+    Several maps are compared pair by pair, each with layers and a mask of its own, and their losses added.
+
     Args:
         mask: `pixel` drops positions (paper, detection 0.65 or 0.45, segmentation 0.75); `channel` drops
             channels (classification, 0.15).
         mask_ratio: fraction dropped.
-        student_tap: a map of the student.
-        teacher_tap: a map of the teacher, of the same height and width.
+        student_tap: a map of the student, or a list of maps; `fpn[*]` stands for all levels of a pyramid.
+        teacher_tap: as many maps of the teacher, of the same heights and widths.
     """
 
     def __init__(
@@ -98,8 +101,8 @@ class MGD(Term):
         *,
         mask: Mask = "pixel",
         mask_ratio: float = 0.65,
-        student_tap: str | Mapping[str, Any] | Tap = "map",
-        teacher_tap: str | Mapping[str, Any] | Tap = "map",
+        student_tap: str | Mapping[str, Any] | Tap | Places = "map",
+        teacher_tap: str | Mapping[str, Any] | Tap | Places = "map",
     ) -> None:
         super().__init__()
         if mask not in ("pixel", "channel"):
@@ -108,39 +111,57 @@ class MGD(Term):
             raise UserError(f"mask_ratio is a fraction in [0, 1], not {mask_ratio}")
         self.mask: Mask = mask
         self.mask_ratio = mask_ratio
-        self.student_tap, self.teacher_tap = Tap.parse(student_tap), Tap.parse(teacher_tap)
+        one, other = ([tap] if isinstance(tap, (str, Mapping, Tap)) else tap for tap in (student_tap, teacher_tap))
+        self.layers = Layers.parse(one, other)
 
     @property
     def reads(self) -> Reads:
-        """The two maps."""
-        return Reads((self.student_tap,), (self.teacher_tap,))
+        """The maps of both models."""
+        return Reads(self.layers.student, self.layers.teacher)
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:
-        """Create the alignment, where widths differ, and the generator.
+        """Pair the maps; create for each pair the alignment, where widths differ, and the generator.
 
         Raises:
             UserError: if a tap is no map, or the maps differ in height or width.
         """
         assert teacher is not None
-        source, goal = student[self.student_tap.name], teacher[self.teacher_tap.name]
-        if source.ndim != 4 or goal.ndim != 4:
-            raise UserError(f"mgd rebuilds maps [B, C, H, W], not {list(source.shape)} and {list(goal.shape)}")
-        check_grid(source, goal, "mgd")
-        width = goal.shape[1]
-        self.align = bridge(source, goal)
-        self.generation = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
-        )
+        self.names = self.layers.pairs(student, teacher)
+        aligns, generations = [], []
+        for one, other in self.names:
+            source, goal = student[one], teacher[other]
+            if source.ndim != 4 or goal.ndim != 4:
+                raise UserError(f"mgd rebuilds maps [B, C, H, W], not {list(source.shape)} and {list(goal.shape)}")
+            check_grid(source, goal, "mgd")
+            width = goal.shape[1]
+            aligns.append(bridge(source, goal))
+            generations.append(
+                nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
+            )
+        several = len(self.names) > 1
+        self.align = nn.ModuleList(aligns) if several else aligns[0]
+        self.generation = nn.ModuleList(generations) if several else generations[0]
 
-    def draw(self, student: Signals, teacher: Signals | None, batch: Batch, draw: Draw) -> Tensor:
-        """Return the noise that decides what is masked, a function of each sample's id."""
+    def draw(self, student: Signals, teacher: Signals | None, batch: Batch, draw: Draw) -> Tensor | tuple[Tensor, ...]:
+        """Return the noise that decides what is masked, a function of each sample's id; one a map, if several."""
         assert teacher is not None
-        _, channels, height, width = teacher[self.teacher_tap.name].shape
-        shape = (channels, 1, 1) if self.mask == "channel" else (1, height, width)
-        return draw.uniform(batch.index, shape)
+        noise = []
+        for salt, (_, other) in enumerate(self.layers.pairs(student, teacher)):
+            _, channels, height, width = teacher[other].shape
+            shape = (channels, 1, 1) if self.mask == "channel" else (1, height, width)
+            noise.append(draw.uniform(batch.index, shape, salt))
+        return tuple(noise) if len(noise) > 1 else noise[0]
 
-    def forward(self, student: Signals, teacher: Signals, batch: Batch, noise: Tensor) -> Tensor:  # type: ignore[override]
-        """Return the distance between the rebuilt and the teacher's map."""
-        aligned = self.align(student[self.student_tap.name])
-        kept = keep_mask(noise, self.mask, self.mask_ratio).to(aligned.dtype)
-        return mgd(self.generation(aligned * kept), teacher[self.teacher_tap.name])
+    def forward(  # type: ignore[override]
+        self, student: Signals, teacher: Signals, batch: Batch, noise: Tensor | tuple[Tensor, ...]
+    ) -> Tensor:
+        """Return the distance between the rebuilt and the teacher's maps, summed over levels."""
+        aligns = self.align if isinstance(self.align, nn.ModuleList) else [self.align]
+        generations = self.generation if isinstance(self.generation, nn.ModuleList) else [self.generation]
+        drawn = [noise] if isinstance(noise, Tensor) else noise
+        distances = []
+        for (one, other), align, generate, place in zip(self.names, aligns, generations, drawn, strict=True):
+            aligned = align(student[one])
+            kept = keep_mask(place, self.mask, self.mask_ratio).to(aligned.dtype)
+            distances.append(mgd(generate(aligned * kept), teacher[other]))
+        return torch.stack(distances).sum()
