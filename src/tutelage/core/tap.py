@@ -18,6 +18,7 @@ from tutelage.functional.spatial import as_grid
 #: batch norm before a stage's last activation) name modules, `classifier.weight` is a parameter.
 ROLES = (
     *("stem", "stages", "map", "pooled", "logits", "classifier", "classifier.weight", "blocks", "tokens"),
+    *("logits.x", "logits.y"),
     *("cls", "q", "k", "v", "patch_embed", "fpn", "head.cls", "head.box", "hidden"),
 )
 ROLE = re.compile(rf"({'|'.join(re.escape(role) for role in ROLES)})(\[(-?\d+|\*)\])?(\.pre|\.norm)?")
