@@ -4,8 +4,9 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from tutelage.core.bridge import bridge, check_grid, check_maps, check_statistics, regressor
+from tutelage.core.bridge import Across, across, bridge, check_grid, check_maps, check_statistics, regressor
 from tutelage.core.error import UserError
 
 
@@ -31,6 +32,44 @@ def test_no_bridge_from_a_vector_to_a_map() -> None:
     said = "no bridge from [2, 3] to [2, 3, 4, 4]: name taps of one kind"
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         bridge(torch.zeros(2, 3), torch.zeros(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        pytest.param((2, 3, 8, 8), (2, 5, 4, 4), id="map to a coarser map"),
+        pytest.param((2, 3, 4, 6), (2, 3, 8, 12), id="map to a finer map, equal widths"),
+        pytest.param((2, 3, 7, 7), (2, 196, 5), id="map to tokens"),
+        pytest.param((2, 3, 4, 6), (2, 96, 5), id="map to tokens, no square"),
+        pytest.param((2, 196, 5), (2, 3, 7, 7), id="tokens to a map"),
+        pytest.param((2, 24, 5), (2, 3, 8, 12), id="tokens to a map, no square"),
+        pytest.param((2, 49, 5), (2, 196, 3), id="tokens to finer tokens"),
+        pytest.param((2, 24, 5), (2, 24, 3), id="tokens to tokens of one grid"),
+        pytest.param((2, 3, 4, 4), (2, 5, 4, 4), id="map to a map of one grid"),
+    ],
+)
+def test_across_gives_the_teachers_shape(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    one, other = torch.randn(student), torch.randn(teacher)
+    layer = across(one, other)
+    assert layer(one).shape == other.shape
+    assert layer(torch.cat([one, one])).shape[0] == 4
+
+
+def test_across_interpolates_then_maps_the_channels() -> None:
+    one, other = torch.randn(2, 3, 4, 6), torch.randn(2, 96, 5)
+    layer = across(one, other)
+    assert isinstance(layer, Across)
+    resized = F.interpolate(one, (8, 12), mode="bilinear", align_corners=False)
+    expected = torch.stack([layer.linear(resized)[:, :, row, column] for row in range(8) for column in range(12)], 1)
+    assert torch.allclose(layer(one), expected, atol=1e-6)
+
+
+def test_tokens_of_no_grid_are_refused() -> None:
+    said = "7 tokens fill no grid of the proportions 2x2: name the tap with `layout: grid` and `grid: [height, width]`"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        across(torch.zeros(1, 7, 3), torch.zeros(1, 5, 2, 2))
+    with pytest.raises(UserError, match=r"^no bridge from \[2, 3\] to \[2, 7, 3\]: name taps of one kind$"):
+        across(torch.zeros(2, 3), torch.zeros(2, 7, 3))
 
 
 @pytest.mark.parametrize(

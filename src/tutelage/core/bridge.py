@@ -2,8 +2,10 @@
 """Small modules from the student's shape to the teacher's: trained with a term, never exported."""
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from tutelage.core.error import UserError
+from tutelage.functional.spatial import as_grid
 
 
 def bridge(student: Tensor, teacher: Tensor, *, always: bool = False, bias: bool = True) -> nn.Module:
@@ -29,6 +31,68 @@ def bridge(student: Tensor, teacher: Tensor, *, always: bool = False, bias: bool
         return nn.Identity()
     layer = nn.Conv2d(width, goal, 1, bias=bias) if student.ndim == 4 else nn.Linear(width, goal, bias=bias)
     return layer.to(student.device)
+
+
+class Across(nn.Module):
+    """A linear map of channels on another grid: bilinear to it, then the map.
+
+    Args:
+        linear: from width to width, of maps.
+        grid: (height, width) of what is given.
+        tokens: what is given are tokens, row by row.
+    """
+
+    def __init__(self, linear: nn.Module, grid: tuple[int, int], *, tokens: bool) -> None:
+        super().__init__()
+        self.linear, self.grid, self.tokens = linear, grid, tokens
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return a map or tokens of the goal's shape, from a map or tokens."""
+        if values.ndim == 3:
+            values = as_grid(values, self.grid)
+        if values.shape[2:] != self.grid:
+            values = F.interpolate(values, self.grid, mode="bilinear", align_corners=False)
+        values = self.linear(values)
+        return values.flatten(2).transpose(1, 2) if self.tokens else values
+
+
+def across(student: Tensor, teacher: Tensor, *, bias: bool = True) -> nn.Module:
+    """Return the layer from a student's map or tokens to the shape of a teacher's map or tokens.
+
+    On another grid the student is brought to the teacher's (bilinear) before the linear map of channels. Tokens
+    are patches alone, row by row: on a grid of the other side's proportions, or square where both are tokens.
+
+    Args:
+        student: signal of the dry run, `[B, C, H, W]` or `[B, L, D]`.
+        teacher: signal of the dry run, `[B, C, H, W]` or `[B, L, D]`.
+        bias: of the linear map.
+
+    Raises:
+        UserError: if one is neither, or tokens fill no such grid.
+    """
+    if {student.ndim, teacher.ndim} - {3, 4} or _places(student) == _places(teacher):
+        return bridge(student, teacher, bias=bias)
+    source, goal = grid_of(student, teacher), grid_of(teacher, student)
+    return Across(bridge(source, goal, bias=bias), (goal.shape[2], goal.shape[3]), tokens=teacher.ndim == 3)
+
+
+def _places(signal: Tensor) -> tuple[int, ...]:
+    return tuple(signal.shape[2:] if signal.ndim == 4 else signal.shape[1:2])
+
+
+def grid_of(places: Tensor, other: Tensor) -> Tensor:
+    """Return a map as it is, and tokens as a map in the proportions of another signal: square if it has none.
+
+    Raises:
+        UserError: if tokens fill no such grid.
+    """
+    if places.ndim == 4:
+        return places
+    like = (other.shape[2], other.shape[3]) if other.ndim == 4 else (1, 1)
+    try:
+        return as_grid(places, like)
+    except ValueError as error:
+        raise UserError(f"{error}: name the tap with `layout: grid` and `grid: [height, width]`") from error
 
 
 def check_grid(student: Tensor, teacher: Tensor, what: str) -> None:
