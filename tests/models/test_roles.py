@@ -272,7 +272,73 @@ def test_class_attention_may_follow_the_blocks() -> None:
     assert found["blocks[2]"].where == "layers.2"
     assert found["tokens"].prefix == 0
     assert "blocks[3]" not in found
-    assert "tokens" not in find(Classed(5), noise(16)).taps
+    longer = find(Classed(5), noise(16)).taps  # no row of blocks that the others follow
+    assert "blocks[0]" not in longer
+    assert (longer["tokens"].where, longer["tokens"].prefix) == ("norm", 1)
+
+
+def test_prefix_tokens_may_join_on_the_way() -> None:
+    class Late(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.flat(self.embed(x)).transpose(1, 2)
+            x = self.layers[1](self.layers[0](x))
+            x = self.layers[2](torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1))
+            return self.head(self.norm(x)[:, 0])  # type: ignore[no-any-return]
+
+    network = Late(1)
+    found = find(network, noise(16), prefix=1).taps
+    assert [found[f"blocks[{number}]"].prefix for number in range(3)] == [0, 0, 1]
+    assert [role for role in found if role.startswith("cls")] == ["cls[2]"]
+    taps, _ = readings(Model(network, found), noise(16))
+    assert {taps[f"blocks[{number}]"].shape for number in range(3)} == {taps["tokens"].shape} == {(2, 16, 8)}
+
+
+class Pyramid(nn.Module):
+    """Tokens on a grid, and on one of half the side."""
+
+    def __init__(self, prefix: int = 0) -> None:
+        super().__init__()
+        self.embed, self.down = nn.Conv2d(3, 6, 4, 4), nn.Conv2d(6, 8, 2, 2)
+        self.one, self.two = (nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width)) for width in (6, 8))
+        self.norm, self.head = nn.LayerNorm(8), nn.Linear(8, 5)
+        self.prefix = nn.Parameter(torch.randn(1, prefix, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(self.embed(x).flatten(2).transpose(1, 2))
+        rows = round((x.shape[1] * 2 / 3) ** 0.5)
+        x = self.down(x.transpose(1, 2).unflatten(2, (rows, -1))).flatten(2).transpose(1, 2)
+        x = self.norm(self.two(torch.cat([self.prefix.expand(len(x), -1, -1), x], dim=1)))
+        return self.head(x.mean(1))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_tokens_on_coarser_grids_are_maps(prefix: int) -> None:
+    network = Pyramid(prefix)
+    images = torch.rand(2, 3, 32, 48)  # no square
+    found = find(network, images)
+    assert places(found) == {
+        "pooled": "head:input",
+        "map": f"norm(grid{prefix or ''})",
+        "tokens": f"norm(tokens{prefix or ''})",
+        "stages[0]": "one(grid)",
+        "stages[1]": f"norm(grid{prefix or ''})",
+        "stem": "one:input(grid)",
+    }
+    model = Model(network, found.taps)
+    taps, _ = readings(model, noise(48)[:, :, :32])
+    assert taps["stem"].shape == taps["stages[0]"].shape == (2, 6, 8, 12)
+    assert taps["map"].shape == (2, 8, 4, 6)
+    assert torch.equal(taps["map"].flatten(2).transpose(1, 2), taps["tokens"])
+    with torch.no_grad():
+        first = network.one[1](network.one[0](network.embed(noise(48)[:, :, :32]).permute(0, 2, 3, 1)))
+    assert torch.allclose(taps["stages[0]"], first.permute(0, 3, 1, 2), atol=1e-6)
+
+
+def test_tokens_in_another_order_than_the_images_are_no_stages() -> None:
+    class HieraLike(Pyramid):
+        pass
+
+    assert set(find(HieraLike(), torch.rand(1, 3, 32, 48)).taps) == {"pooled", "map", "tokens"}
 
 
 def test_a_known_prefix_is_taken() -> None:

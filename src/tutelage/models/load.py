@@ -229,7 +229,7 @@ def _adapted(built: Built, given: Mapping[str, Any], wanted: Wanted, image_size:
             )
         except UserError:
             raise
-        except (RuntimeError, ValueError, AssertionError) as error:
+        except (RuntimeError, ValueError, AssertionError, IndexError) as error:
             first = first or error
     tried = ", ".join(f"{height}x{width}" for height, width in sizes)
     what = str(first).splitlines()[0].rstrip(".")

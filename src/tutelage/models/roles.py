@@ -3,7 +3,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from tutelage.models.attention import projections
 from tutelage.models.trace import Call, trace
 
 PREFIXES = 8  # class and register tokens there may be
+#: Networks whose tokens lie in another order than the image's until their last stage.
+SHUFFLED = ("Hiera",)
 Side = Literal["output", "input"]
 ACTIVATIONS = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU, nn.Mish),
@@ -49,7 +51,7 @@ def find(
     - `map`: the last map of more than one pixel; `stages[i]`: the last map at each resolution, where a block
       that changes the resolution belongs to the new one as a whole; `stages[i].pre`: the input of the
       activation that ends stage i, if one does; `stages[i].norm`: the batch norm before it; `stem`: what the
-      first block takes
+      first block takes. Tokens on ever coarser grids of the image's proportions are maps too
     - `blocks[i]`: tokens after each of a row of modules that keep the shape `[B, L, D]`, prefix tokens left
       out; `tokens`: the same after the norm that follows; `cls[i]`: the first prefix token of each block;
       `q[i]`, `k[i]`, `v[i]`: of all its tokens, heads side by side; `patch_embed[0]`: what the first block's
@@ -81,7 +83,8 @@ def find(
             taps["pooled"] = Tap(head.path, "input", layout="flat")
     taps |= _tokens(root, before, prefix)
     if "tokens" not in taps and images.ndim == 4:
-        taps |= _maps(root, images, before, stages, _channels_last_calls(root, channels_last))
+        sight = Sight(images, _channels_last_calls(root, channels_last))
+        taps |= _maps(root, sight, before, stages) or _maps(root, replace(sight, grids=True), before, stages)
     return Roles(taps, {**modules, **_norms(root, taps)})
 
 
@@ -132,59 +135,117 @@ def _calls_before(root: Call, head: Call | None) -> list[Call]:
 
 
 @dataclass(frozen=True)
+class Lay:
+    """How a tensor covers the image.
+
+    Args:
+        size: (height, width).
+        layout: of a map, or `grid` for tokens.
+        prefix: number of prefix tokens.
+    """
+
+    size: tuple[int, int]
+    layout: Literal["nchw", "nhwc", "grid"]
+    prefix: int = 0
+
+
+@dataclass(frozen=True)
+class Sight:
+    """What is taken for a map.
+
+    Args:
+        image: the input.
+        last: ids of maps that layers over the last dimension take or give.
+        grids: tokens on a grid of the image's proportions count as well.
+    """
+
+    image: Tensor
+    last: set[int]
+    grids: bool = False
+
+    def of(self, tensor: Tensor | None) -> Lay | None:
+        """Return how a tensor covers the image, or None if it does not."""
+        if tensor is not None and tensor.ndim == 4:
+            return self._map(tensor)
+        if self.grids and tensor is not None and tensor.ndim == 3 and len(tensor) == len(self.image):
+            return self._tokens(tensor.shape[1])
+        return None
+
+    def _map(self, tensor: Tensor) -> Lay:
+        _, a, b, c = tensor.shape
+        height, width = self.image.shape[-2:]
+        as_first, as_last = b * width == c * height, a * width == b * height
+        channels_last = id(tensor) in self.last if as_first == as_last else as_last
+        return Lay((a, b), "nhwc") if channels_last else Lay((b, c), "nchw")
+
+    def _tokens(self, length: int) -> Lay | None:
+        height, width = self.image.shape[-2:]
+        for prefix in (0, 1):
+            cells = length - prefix
+            rows = math.isqrt(cells * height // width)
+            if cells > 1 and rows and rows * (cells // rows) == cells and rows * width == cells // rows * height:
+                return Lay((rows, cells // rows), "grid", prefix)
+        return None
+
+
+@dataclass(frozen=True)
 class Unit:
     """A module that gives a map, and is not looked into further."""
 
     call: Call
-    channels_last: bool
-    size: tuple[int, int]
+    lay: Lay
 
 
-def _is_map(tensor: Tensor | None) -> bool:
-    return tensor is not None and tensor.ndim == 4
-
-
-def _maps(root: Call, image: Tensor, calls: list[Call], stages: Sequence[str], last: set[int]) -> dict[str, Tap]:
+def _maps(root: Call, sight: Sight, calls: list[Call], stages: Sequence[str]) -> dict[str, Tap]:
     before = set(map(id, calls))
-    chain = [unit for inner in root.inner for unit in _chain(inner, image, last)]
+    chain = [unit for inner in root.inner for unit in _chain(inner, sight)]
     units = [unit for unit in chain if id(unit.call) in before]
     # an identity adds no name, and a pooling that keeps the size no knowledge
     units = [unit for unit in units if not _adds_nothing(unit.call)]
-    units = [unit for unit in units if math.prod(unit.size) > 1] or units[-1:]
-    if not units or any(map(_is_sequence, calls[calls.index(units[-1].call) :])):
+    units = [unit for unit in units if math.prod(unit.lay.size) > 1] or units[-1:]
+    if not units:
+        return {}
+    if any(_is_sequence(call) and sight.of(call.given) is None for call in calls[calls.index(units[-1].call) :]):
         return {}  # what follows the maps works on tokens: they are not what the model ends in
     counts: dict[str, int] = {}
     for call in root.walk():
         counts[call.path] = max(counts.get(call.path, 0), call.number + 1)
 
-    def tap(call: Call, side: Side, channels_last: bool) -> Tap:
+    def tap(call: Call, side: Side, lay: Lay) -> Tap:
         number = call.number if counts[call.path] > 1 else None
-        return Tap(call.path, side, call=number, layout="nhwc" if channels_last else "nchw")
+        grid = lay.size if lay.layout == "grid" else None
+        return Tap(call.path, side, call=number, layout=lay.layout, prefix=lay.prefix, grid=grid)
 
-    taps = {"map": tap(units[-1].call, "output", units[-1].channels_last)}
-    for number, end in enumerate(_named(root, image, last, stages) or _ends(units)):
-        taps[f"stages[{number}]"] = tap(end.call, "output", end.channels_last)
-        activation = _ending_activation(end.call)
+    end = units[-1]
+    taps = {"map": tap(end.call, "output", end.lay)}
+    if end.lay.layout == "grid":
+        taps["tokens"] = replace(taps["map"], layout="tokens", grid=None)
+        if any(type(part).__name__.startswith(SHUFFLED) for part in root.module.modules()):
+            return taps
+    for number, unit in enumerate(_named(root, sight, stages) or _ends(units)):
+        taps[f"stages[{number}]"] = tap(unit.call, "output", unit.lay)
+        activation = _ending_activation(unit.call)
         if activation is not None:
-            taps[f"stages[{number}].pre"] = tap(activation, "input", end.channels_last)
-    first = next((unit for unit in units if _is_block(unit.call) and unit.call.taken is not image), None)
-    if first is not None and _is_map(first.call.taken):
-        taps["stem"] = tap(first.call, "input", first.channels_last and id(first.call.taken) in last)
+            taps[f"stages[{number}].pre"] = tap(activation, "input", unit.lay)
+    first = next((unit for unit in units if _is_block(unit.call) and unit.call.taken is not sight.image), None)
+    taken = sight.of(first.call.taken) if first is not None else None
+    if first is not None and taken is not None:
+        # the layout is that of what the block gives, unless a layer says otherwise of what it takes
+        layout = "nchw" if taken.layout == "nhwc" and id(first.call.taken) not in sight.last else taken.layout
+        taps["stem"] = tap(first.call, "input", replace(taken, layout=layout))
     return taps
 
 
 def _ends(units: list[Unit]) -> list[Unit]:
     """Return the last unit of each resolution."""
-    return list({unit.size: unit for unit in units}.values())
+    return list({unit.lay.size: unit for unit in units}.values())
 
 
-def _named(root: Call, image: Tensor, last: set[int], paths: Sequence[str]) -> list[Unit]:
+def _named(root: Call, sight: Sight, paths: Sequence[str]) -> list[Unit]:
     """Return the units of these paths, or nothing if one of them gives no map."""
-    calls = [call for path in paths if (call := _called(root, path)) is not None and call.given is not None]
-    if len(calls) < len(paths) or not all(_is_map(call.given) for call in calls):
-        return []
-    sized = [(call, *_size(call.given, image, last)) for call in calls if call.given is not None]
-    return [Unit(call, channels_last, size) for call, size, channels_last in sized]
+    calls = [_called(root, path) for path in paths]
+    units = [Unit(call, lay) for call in calls if call is not None and (lay := sight.of(call.given)) is not None]
+    return units if len(units) == len(paths) else []
 
 
 def _adds_nothing(call: Call) -> bool:
@@ -204,44 +265,31 @@ def _channels_last_calls(root: Call, known: bool) -> set[int]:
         over_last = isinstance(call.module, nn.Linear) or type(call.module) is nn.LayerNorm
         over_last |= known and call is not root and not isinstance(call.module, nn.Conv2d)
         if over_last:
-            found |= {id(tensor) for tensor in (call.taken, call.given) if _is_map(tensor)}
+            found |= {id(tensor) for tensor in (call.taken, call.given) if tensor is not None and tensor.ndim == 4}
     return found
 
 
-def _size(tensor: Tensor, image: Tensor, last: set[int]) -> tuple[tuple[int, int], bool]:
-    """Return height and width of a map, and whether its channels are last."""
-    _, a, b, c = tensor.shape
-    height, width = image.shape[-2:]
-    as_first, as_last = b * width == c * height, a * width == b * height
-    channels_last = id(tensor) in last if as_first == as_last else as_last
-    return ((a, b) if channels_last else (b, c)), channels_last
-
-
-def _chain(call: Call, image: Tensor, last: set[int]) -> list[Unit]:
+def _chain(call: Call, sight: Sight) -> list[Unit]:
     """Return the row of modules through which the map runs.
 
     A module that keeps the resolution, or changes it once, is one unit; one that changes it several times is
     looked into, and so is one that takes or gives no map.
     """
-    if not _is_map(call.given) or not _is_map(call.taken):
-        return [unit for inner in call.inner for unit in _chain(inner, image, last)]
-    assert call.given is not None
-    size, channels_last = _size(call.given, image, last)
-    if len(_resolutions(call, image, last)) > 2:
-        return [unit for inner in call.inner for unit in _chain(inner, image, last)]
-    return [Unit(call, channels_last, size)]
+    lay = sight.of(call.given)
+    if lay is None or sight.of(call.taken) is None or len(_resolutions(call, sight)) > 2:
+        return [unit for inner in call.inner for unit in _chain(inner, sight)]
+    return [Unit(call, lay)]
 
 
-def _resolutions(call: Call, image: Tensor, last: set[int]) -> set[tuple[int, int]]:
+def _resolutions(call: Call, sight: Sight) -> set[tuple[int, int]]:
     """Return the resolutions a map runs through in a module; side branches below its output do not count."""
-    if not _is_map(call.given) or not _is_map(call.taken):
+    taken, given = sight.of(call.taken), sight.of(call.given)
+    if taken is None or given is None:
         return set()
-    assert call.given is not None
-    assert call.taken is not None
-    begin, end = (_size(tensor, image, last)[0] for tensor in (call.taken, call.given))
+    begin, end = taken.size, given.size
     if begin == end:
         return {end}
-    inside = {size for inner in call.inner for size in _resolutions(inner, image, last)}
+    inside = {size for inner in call.inner for size in _resolutions(inner, sight)}
     return {begin, end} | {size for size in inside if math.prod(end) < math.prod(size) < math.prod(begin)}
 
 
@@ -287,13 +335,15 @@ def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]
     blocks = _blocks(root, calls)
     if not blocks:
         return {}
-    shape = blocks[0].given.shape  # type: ignore[union-attr]
+    shape = _shape(blocks[-1])
     if prefix is None:
         prefix = next((count for count in range(PREFIXES) if math.isqrt(shape[1] - count) ** 2 == shape[1] - count), 0)
+    patches = shape[1] - prefix
     taps: dict[str, Tap] = {}
     for number, block in enumerate(blocks):
-        taps[f"blocks[{number}]"] = Tap(block.path, layout="tokens", prefix=prefix)
-        if prefix:
+        own = max(_shape(block)[1] - patches, 0)  # prefix tokens may join the others on their way
+        taps[f"blocks[{number}]"] = Tap(block.path, layout="tokens", prefix=own)
+        if own:
             taps[f"cls[{number}]"] = Tap(block.path, layout="cls")
         taps |= {f"{role}[{number}]": tap for role, tap in projections(block).items()}
     after = calls[calls.index(blocks[-1]) + 1 :]
@@ -301,16 +351,22 @@ def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]
     taps["tokens"] = Tap((norms or blocks[-1:])[0].path, layout="tokens", prefix=prefix)
     early = calls[: calls.index(next(blocks[0].walk()))]
     embeddings = [c for c in early if c.given is not None and c.given.ndim == 3 and c.given.shape[-1] == shape[-1]]
-    full = [c for c in embeddings if c.given is not None and c.given.shape[1] == shape[1] - prefix]
+    full = [c for c in embeddings if c.given is not None and c.given.shape[1] == patches]
     if full:
         taps["patch_embed[0]"] = Tap(full[0].path, layout="tokens")
     return taps
 
 
-def _blocks(root: Call, calls: list[Call]) -> list[Call]:
-    """Return the row of siblings that all give `[B, L, D]` of one shape, or nothing.
+def _shape(call: Call) -> tuple[int, ...]:
+    assert call.given is not None
+    return tuple(call.given.shape)
 
-    A second row may follow on the same tokens and a few prefix tokens, as class-attention layers do.
+
+def _blocks(root: Call, calls: list[Call]) -> list[Call]:
+    """Return the row of siblings that all give `[B, L, D]` of one width, or nothing.
+
+    A few prefix tokens may join on the way. A second row may follow on the same tokens and a few more, as
+    class-attention layers do.
     """
     rows: dict[str, list[Call]] = {}
     for call in calls:
@@ -320,15 +376,22 @@ def _blocks(root: Call, calls: list[Call]) -> list[Call]:
             rows.setdefault(parent, []).append(call)
     outer = {parent: row for parent, row in rows.items() if not any(parent.startswith(f"{o}.") for o in rows)}
     long = [row for row in outer.values() if len(row) > 1]
-    shapes = [{tuple(call.given.shape) for call in row if call.given is not None} for row in long]
-    if not long or len(shapes[0]) != 1:
+    even = [number for number, row in enumerate(long) if _of_one_width(row)]
+    if not even:
         return []
-    _, length, width = next(iter(shapes[0]))
+    first, *later = long[even[0] :]
+    _, length, width = _shape(first[0])
     follow = all(
-        len(row) < len(long[0]) and all(0 < n - length <= PREFIXES and d == width for _, n, d in found)
-        for row, found in zip(long[1:], shapes[1:], strict=True)
+        len(row) < len(first) and all(0 < n - length <= PREFIXES and d == width for _, n, d in map(_shape, row))
+        for row in later
     )
-    return long[0] if follow else []
+    return first if follow else []
+
+
+def _of_one_width(row: list[Call]) -> bool:
+    lengths = [_shape(call)[1] for call in row]
+    grown = lengths == sorted(lengths) and lengths[-1] - lengths[0] <= PREFIXES
+    return grown and len({_shape(call)[2] for call in row}) == 1
 
 
 def _is_sequence(call: Call) -> bool:

@@ -38,15 +38,22 @@ def build(wanted: Wanted) -> Built:
         raise UserError(f"timm:{name}: {error}") from error
     except OSError as error:
         raise UserError(f"timm:{name}: its weights cannot be had ({error}); give a file as `weights`") from error
-    return describe(module, wanted.in_channels)
+    return describe(module, wanted.in_channels, options.get("img_size"))
 
 
-def describe(module: nn.Module, in_channels: int | None = None) -> Built:
-    """Return what timm's metadata says of one of its models."""
+def describe(module: nn.Module, in_channels: int | None = None, img_size: Any = None) -> Built:
+    """Return what timm's metadata says of one of its models.
+
+    Args:
+        module: of timm.
+        in_channels: of the images, if other than those of its configuration.
+        img_size: it was built for, if other than that of its configuration.
+    """
     known: dict[str, Any] = dict(getattr(module, "pretrained_cfg", None) or {})
     channels, *size = known.get("input_size", (3, 224, 224))
     channels = in_channels or channels
-    native = _grid(module) or (size[0], size[1])
+    built_for = (img_size, img_size) if isinstance(img_size, int) else img_size
+    native = _grid(module) or tuple(built_for or size)
     fixed = bool(known.get("fixed_input_size"))
     mean, std = (by_channels(known.get(word, (0.5,) * 3), channels) for word in ("mean", "std"))
     classifier = known.get("classifier")
