@@ -21,16 +21,21 @@ def check(
     chosen, _ = asked(
         recipe, student=student, data=data, teacher=teacher, method=method, sets=sets, fit_teacher=fit_teacher
     )
-    from tutelage.run.assemble import assemble
     from tutelage.run.check import check as run
     from tutelage.run.resolve import resolve
     from tutelage.run.share import settle_shares
+    from tutelage.run.stages import assembled
 
-    resolved = resolve(chosen, remark)
-    made = assemble(resolved)
-    settle_shares(made)
-    found = run(made, fitted=resolved.teacher is None or resolved.teacher.fit is None)
+    found = {}
+    for name, made in assembled(resolve(chosen, remark)):
+        settle_shares(made)
+        taught = made.recipe.teacher
+        found[name] = run(made, fitted=taught is None or taught.fit is None)
     if as_json:
-        document(found.plain())
-    else:
-        checked_text(found)
+        plain = {name: one.plain() for name, one in found.items()}
+        document(plain if chosen.stages else plain[""])
+        return
+    for name, one in found.items():
+        if name:
+            remark(f"stage {name}")
+        checked_text(one)

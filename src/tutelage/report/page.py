@@ -12,6 +12,7 @@ from tutelage.core.card import Card
 from tutelage.core.storage import write_text
 from tutelage.report.cite import bibliography, link
 from tutelage.report.dry_run import DryRun
+from tutelage.report.gallery import Gallery
 from tutelage.report.plot import Plot
 from tutelage.report.table import Table
 from tutelage.report.verdict import Verdict
@@ -27,6 +28,7 @@ class Page:
         verdict: what the numbers allow to be said.
         tables: results, size and speed.
         plots: in the order of showing.
+        gallery: pictures side by side.
         dry_runs: what was found at build, by label of the run.
         recipe: the resolved recipe as YAML.
         environment: what it ran on.
@@ -39,6 +41,7 @@ class Page:
     verdict: Verdict | None = None
     tables: tuple[Table, ...] = ()
     plots: tuple[Plot, ...] = ()
+    gallery: Gallery = field(default_factory=Gallery)
     dry_runs: Mapping[str, DryRun] = field(default_factory=dict)
     recipe: str = ""
     environment: Mapping[str, str] = field(default_factory=dict)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tutelage.core import Batch, Distiller, Live, Model, Rebuild, Task, Teacher, ranks
 from tutelage.core.error import UserError, nearest
@@ -18,6 +19,7 @@ from tutelage.core.task import DENSE
 from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.functional.noise import mix
+from tutelage.models.inherit import freeze, inherit
 from tutelage.models.known import trained_classes, untrained
 from tutelage.models.load import load as load_model
 from tutelage.models.weights import OtherClassesError
@@ -50,6 +52,8 @@ class Assembled:
         sample: the batch of the dry run.
         total_steps: optimizer steps.
         steps_per_epoch: optimizer steps.
+        inherited: what the student took over from other models, a line a part.
+        frozen: parameters of the student that the recipe does not let train.
     """
 
     recipe: Recipe
@@ -62,6 +66,8 @@ class Assembled:
     sample: Batch
     total_steps: int
     steps_per_epoch: int
+    inherited: Sequence[str] = ()
+    frozen: Sequence[nn.Parameter] = ()
 
     def loop(self, log: Log, **more: Any) -> Loop:
         """Return the loop that trains it; `more` are places of records and evaluation."""
@@ -95,6 +101,8 @@ class Assembled:
     def settled(self) -> Model:
         """Return the student after training: hooks gone, what a method built settled."""
         self.distiller.close()
+        for parameter in self.frozen:
+            parameter.requires_grad_(True)
         for rebuild in reversed(self.rebuilds):
             self.student = rebuild.end(self.student)
         return self.student
@@ -171,6 +179,20 @@ def teacher_of(recipe: Recipe, data: Splits, weights: Path | None, given: Given)
             f"({_few(data.class_names)}), or lie in another order"
         )
     return Live(model, section.mode)
+
+
+def _taken_over(
+    recipe: Recipe, student: Model, teacher: Teacher | None, given: Given
+) -> tuple[list[str], list[nn.Parameter]]:
+    """Copy what the student inherits and freeze what is not to be trained; return the report and the frozen.
+
+    Raises:
+        UserError: if a source or module does not exist.
+    """
+    sources = {"teacher": teacher.model.module} if isinstance(teacher, Live) else {}
+    if given.previous is not None:
+        sources["previous"] = given.previous.module
+    return inherit(student.module, recipe.inherit, sources), freeze(student.module, recipe.freeze)
 
 
 def _require_classes(recipe: Recipe, spec: Mapping[str, Any], data: Splits) -> None:
@@ -255,6 +277,7 @@ def assemble(
         section = recipe.student
         student = _model({"model": section.model, "weights": section.weights, **section.options}, data)
     teacher = teacher_of(recipe, data, teacher_weights, given)
+    inherited, frozen = _taken_over(recipe, student, teacher, given)
     if given.data is not None:
         _require_pixels(sample, student, *([teacher.model] if isinstance(teacher, Live) else []))
     peers = _peers(recipe, data)
@@ -277,9 +300,11 @@ def assemble(
         facts=facts,
         feeders=feeders_of(recipe.objective),
     )
-    if teacher is not None and not rebuilds and not _read(distiller):
+    if teacher is not None and not rebuilds and not recipe.inherit and not _read(distiller):
         distiller.close()
         raise UserError("teacher: no term of the objective reads it; leave it out, or add a term that does, such as kd")
     if settings.compile:
         distiller.compile()
-    return Assembled(recipe, runtime, data, task, student, rebuilds, distiller, sample, total, per_epoch)
+    return Assembled(
+        recipe, runtime, data, task, student, rebuilds, distiller, sample, total, per_epoch, inherited, frozen
+    )

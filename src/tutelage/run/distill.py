@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from tutelage.run.closing import closing
 from tutelage.run.folder import RunFolder
 from tutelage.run.given import NOTHING, Given
 from tutelage.run.page import run_page
+from tutelage.run.pictures import depict
 from tutelage.run.recipe import Recipe, parse
 from tutelage.run.resolve import resolve
 from tutelage.run.share import settle_shares
+from tutelage.run.stages import after, assembled, gather, recipes_of
 from tutelage.train.checkpoint import Shelf
 from tutelage.train.lockstep import exhaust
 from tutelage.train.log import Log
@@ -162,6 +165,8 @@ def distilling(
             found = distill(fit, place, title="teacher", quiet=quiet, say=_as_teacher(say), given=same)
             fitted = found.folder.weights
             say(f"teacher: fitted, {headline(RunFolder(place))}")
+        if recipe.stages:
+            return (yield from _staged(asked, recipe, home, title, quiet, place if fitted else None, say, given))
         made = assemble(recipe, teacher_weights=fitted, runtime=runtime, given=given)
         shelf = Shelf(home.checkpoints) if settings.save_every else None
         newest = shelf.newest if shelf else None
@@ -182,12 +187,50 @@ def distilling(
             say_found(made, say)
             for line in brief:
                 say(line)
+            if newest is None:
+                runtime.first(lambda: depict(made, folder, "before"))
             scores = yield from loop.running()
         for line in left_out(made.data):
             say(line)
         if loop.average is not None:
             made.distiller.student.load_state_dict(loop.average.weights)
         return finish(home, made, scores)
+
+
+def _staged(
+    asked: Recipe,
+    recipe: Recipe,
+    home: RunFolder,
+    title: str,
+    quiet: bool,
+    teacher_folder: Path | None,
+    say: Callable[[str], None],
+    given: Given,
+) -> Generator[int, None, Result]:
+    """Run the stages of a recipe one after the other, each in a folder of its own below `stages`."""
+    runtime, place = Runtime(recipe.train.device, recipe.train.precision), home.path / "stages"
+    if not place.exists():
+        rehearse(recipe, runtime, given)
+    runtime.first(lambda: home.claim(asked, recipe))
+    folders: dict[str, RunFolder] = {}
+    for name, one in recipes_of(recipe).items():
+        say(f"stage {name}")
+        held = given
+        if folders:
+            before = [*folders.values()][-1].path
+            held = after(one, partial(load_model, f"run:{before}"), given)
+        found = yield from distilling(
+            one,
+            place / name,
+            title=f"{title}, {name}",
+            quiet=quiet,
+            teacher_folder=teacher_folder,
+            say=say,
+            given=held,
+        )
+        folders[name] = found.folder
+    runtime.first(lambda: gather(home, recipe, folders))
+    return Result(found.scores, found.measures, home, found.trained)
 
 
 def _again(home: RunFolder, given: Given) -> Model | None:
@@ -234,13 +277,14 @@ def rehearse(recipe: Recipe, runtime: Runtime, given: Given = NOTHING) -> None:
             rehearse(teacher_recipe(recipe), runtime, Given(data=given.data))
         except UserError as error:
             raise UserError(f"teacher.fit: {str(error).removeprefix('teacher.fit: ')}") from error
-    made = assemble(recipe, runtime=runtime, given=given)
-    made.loop(Log(None, quiet=True))
-    made.distiller.close()
+    for _, made in assembled(recipe, runtime, given):
+        made.loop(Log(None, quiet=True))
 
 
 def say_found(made: Assembled, say: Callable[[str], None]) -> None:
     """Tell what was rebuilt and what the dry run found."""
+    for line in made.inherited:
+        say(f"inherited: {line}")
     for rebuild in made.rebuilds:
         say(rebuild.report())
     found, teacher = made.distiller.report, made.recipe.teacher
@@ -262,6 +306,7 @@ def say_found(made: Assembled, say: Callable[[str], None]) -> None:
 def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Result:
     """Write the student, its scores and the page of the run."""
     dry_run, look = DryRun.of(made.distiller), closing(made)
+    made.runtime.first(lambda: depict(made, home.path, "after"))
     scores = {**scores, **({} if look.agreement is None else {"agreement": look.agreement})}
     student = made.settled()
     student.module.eval().to("cpu")

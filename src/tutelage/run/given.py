@@ -21,12 +21,14 @@ class Given:
         student: a module or `Model`; trained in place.
         teacher: a module, `Model` or `Teacher`, trained already.
         data: sets by split.
+        previous: the student of the stage before.
         batches: what is trained on, of the recipe's data: loaded once for several runs.
     """
 
     student: nn.Module | Model | None = None
     teacher: nn.Module | Model | Teacher | None = None
     data: Mapping[str, Samples] | None = None
+    previous: Model | None = None
     batches: Batches | None = None
 
     @property

@@ -18,6 +18,7 @@ from tutelage.report.records import curve, parts, read_metrics
 from tutelage.report.table import Table
 from tutelage.report.verdict import Verdict
 from tutelage.run.folder import RunFolder
+from tutelage.run.pictures import gallery
 from tutelage.run.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def run_page(folder: RunFolder, recipe: Recipe, result: Mapping[str, Any]) -> No
         verdict=Verdict.of_run(metric, found[metric.key], teacher=teacher.get(metric.key)),
         tables=run_tables(result),
         plots=tuple(plots),
+        gallery=gallery(folder.path),
         dry_runs={"student": DryRun.of_plain(result["dry_run"])},
         recipe=recipe.text(),
         environment=environment(),

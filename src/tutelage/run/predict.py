@@ -52,6 +52,11 @@ class Predictions:
     unreadable: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def count(self) -> int:
+        """Number of images that were read."""
+        return len(self.images)
+
+    @property
     def table(self) -> Table:
         """One row an image."""
         count = max((len(one.classes) for one in self.images), default=0)
@@ -95,7 +100,7 @@ def predict(
     Raises:
         UserError: if a place does not exist or holds no image, or the model does not classify images.
     """
-    paths = list(dict.fromkeys(path for place in places for path in _below(place)))
+    paths = files(places)
     if top < 1:
         raise UserError(f"--top must be at least 1, not {top}")
     if untrained(spec(name, weights)):
@@ -132,6 +137,15 @@ def _answers(model: Model, images: Mapping[Path, Tensor], top: int, device: torc
         Prediction(str(path), tuple(names[number] for number in which), tuple(values))
         for path, which, values in zip(images, likely.indices.tolist(), likely.values.tolist(), strict=True)
     ]
+
+
+def files(places: Sequence[Path]) -> list[Path]:
+    """Return the image files that places stand for, each once.
+
+    Raises:
+        UserError: if a place does not exist or holds no image.
+    """
+    return list(dict.fromkeys(path for place in places for path in _below(place)))
 
 
 def _below(place: Path) -> list[Path]:
