@@ -272,6 +272,7 @@ def test_class_attention_may_follow_the_blocks() -> None:
     assert found["blocks[2]"].where == "layers.2"
     assert found["tokens"].prefix == 0
     assert "blocks[3]" not in found
+    assert find(Classed(2), noise(16), prefix=1).taps["tokens"].prefix == 0  # its token joins after the blocks
     longer = find(Classed(5), noise(16)).taps  # no row of blocks that the others follow
     assert "blocks[0]" not in longer
     assert (longer["tokens"].where, longer["tokens"].prefix) == ("norm", 1)

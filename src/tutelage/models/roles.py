@@ -81,7 +81,7 @@ def find(
             taps["pooled"] = Tap(head.path, "input")
         elif head.taken is not None and head.taken.ndim == 4 and head.taken.shape[2:].numel() == 1:
             taps["pooled"] = Tap(head.path, "input", layout="flat")
-    taps |= _tokens(root, before, prefix)
+    taps |= _tokens(root, images, before, prefix)
     if "tokens" not in taps and images.ndim == 4:
         sight = Sight(images, _channels_last_calls(root, channels_last))
         taps |= _maps(root, sight, before, stages) or _maps(root, replace(sight, grids=True), before, stages)
@@ -179,13 +179,18 @@ class Sight:
         return Lay((a, b), "nhwc") if channels_last else Lay((b, c), "nchw")
 
     def _tokens(self, length: int) -> Lay | None:
-        height, width = self.image.shape[-2:]
         for prefix in (0, 1):
-            cells = length - prefix
-            rows = math.isqrt(cells * height // width)
-            if cells > 1 and rows and rows * (cells // rows) == cells and rows * width == cells // rows * height:
-                return Lay((rows, cells // rows), "grid", prefix)
+            rows = _rows(length - prefix, self.image)
+            if rows is not None and length - prefix > 1:
+                return Lay((rows, (length - prefix) // rows), "grid", prefix)
         return None
+
+
+def _rows(cells: int, image: Tensor) -> int | None:
+    """Return the height of a grid of so many cells in the image's proportions, or None if there is none."""
+    height, width = image.shape[-2:]
+    rows = math.isqrt(max(cells, 0) * height // width)
+    return rows if rows and cells % rows == 0 and rows * width == cells // rows * height else None
 
 
 @dataclass(frozen=True)
@@ -331,13 +336,15 @@ def _like(one: Tensor | None, other: Tensor | None) -> bool:
 # --- tokens ----------------------------------------------------------------------------------------------
 
 
-def _tokens(root: Call, calls: list[Call], prefix: int | None) -> dict[str, Tap]:
+def _tokens(root: Call, image: Tensor, calls: list[Call], prefix: int | None) -> dict[str, Tap]:
     blocks = _blocks(root, calls)
     if not blocks:
         return {}
     shape = _shape(blocks[-1])
-    if prefix is None:
-        prefix = next((count for count in range(PREFIXES) if math.isqrt(shape[1] - count) ** 2 == shape[1] - count), 0)
+    # a known number holds for what the model ends in: class attention may add its token after the blocks
+    counts = range(PREFIXES) if prefix is None else (prefix, 0)
+    fitting = [count for count in counts if _rows(shape[1] - count, image) is not None]
+    prefix = fitting[0] if fitting else prefix or 0
     patches = shape[1] - prefix
     taps: dict[str, Tap] = {}
     for number, block in enumerate(blocks):
