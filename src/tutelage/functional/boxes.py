@@ -41,7 +41,7 @@ def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grid: tuple[i
         first, last = edges[:, 0].floor(), edges[:, 1].ceil()
         cells = cells * (last + 1 - first)
         place = torch.arange(count, device=boxes.device, dtype=boxes.dtype)
-        inside.append((place >= first[:, None]) & (place <= last[:, None]))
-    claims = (inside[0][:, :, None] & inside[1][:, None, :]) / cells[:, None, None]
+        inside.append(((place >= first[:, None]) & (place <= last[:, None])).to(boxes.dtype))
+    claims = (inside[0] / cells[:, None])[:, :, None] * inside[1][:, None, :]
     owner = box_image[:, None, None].expand_as(claims)
     return boxes.new_zeros(len(image_size), *grid).scatter_reduce(0, owner, claims, "amax")
