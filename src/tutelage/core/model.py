@@ -58,6 +58,21 @@ class InputSpec:
         return pixels
 
 
+@dataclass(frozen=True)
+class Outputs:
+    """What an exported copy of a model answers.
+
+    Args:
+        names: of its tensors, in order.
+        plain: makes them of what the module gives, where that is more than tensors.
+        batched: any number of images at a time; otherwise one.
+    """
+
+    names: tuple[str, ...] = ("logits",)
+    plain: Callable[[Any], Tensor | tuple[Tensor, ...]] | None = None
+    batched: bool = True
+
+
 @dataclass
 class Model:
     """A module with its adapters. The module itself is left as the user made it.
@@ -71,6 +86,7 @@ class Model:
         class_names: of its outputs, in order; empty if unknown.
         call: how to call it, where `module(inputs)` is not enough.
         source: how to build it again, as in a recipe.
+        outputs: what an exported copy answers.
     """
 
     module: nn.Module
@@ -81,6 +97,7 @@ class Model:
     call: Callable[..., Any] | None = None
     source: Mapping[str, Any] = field(default_factory=dict)
     text: TextSpec | None = None
+    outputs: Outputs = field(default_factory=Outputs)
     constants: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod

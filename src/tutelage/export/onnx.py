@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tutelage.core.error import UserError
 from tutelage.core.storage import write_whole
-from tutelage.export.student import Export, Exported, require_equal
+from tutelage.export.student import Export, Exported, require_equal, tensors
 
 
 def write(student: Exported, pixels: Tensor, path: Path) -> Export:
@@ -30,8 +30,8 @@ def write(student: Exported, pixels: Tensor, path: Path) -> Export:
                 student,
                 (pixels,),
                 input_names=["pixels"],
-                output_names=["logits"],
-                dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)}},
+                output_names=list(student.outputs.names),
+                dynamic_shapes={"pixels": {0: torch.export.Dim("batch", min=1)} if student.outputs.batched else {}},
                 dynamo=True,
                 verbose=False,
             )
@@ -39,7 +39,7 @@ def write(student: Exported, pixels: Tensor, path: Path) -> Export:
             raise UserError(f"the student cannot be exported to ONNX: {str(error).splitlines()[0]}") from error
         assert program is not None
         write_whole(path, lambda partial: program.save(partial))
-        expected = student(pixels)
+        expected = tensors(student(pixels))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    found = torch.from_numpy(session.run(None, {"pixels": pixels.numpy()})[0])
+    found = [torch.from_numpy(one) for one in session.run(None, {"pixels": pixels.numpy()})]
     return Export(path, path.stat().st_size, require_equal(found, expected, path))

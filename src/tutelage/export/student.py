@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A student as it is handed over: what it takes, what it gives, and the proof that the copy answers the same."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ class Exported(nn.Module):
 
     def __init__(self, model: Model, *, normalised: bool = False) -> None:
         super().__init__()
-        self.module, self.call = model.module, model.call
+        self.module, self.call, self.outputs = model.module, model.call, model.outputs
         spec = None if normalised else model.input
         self.bgr = spec is not None and spec.bgr
         mean, std = (spec.mean, spec.std) if spec is not None else ((), ())
@@ -38,7 +40,8 @@ class Exported(nn.Module):
             pixels = pixels.flip(1)
         if self.normalises:
             pixels = (pixels - self.mean) / self.std
-        return self.call(self.module, pixels) if self.call else self.module(pixels)
+        found = self.call(self.module, pixels) if self.call else self.module(pixels)
+        return self.outputs.plain(found) if self.outputs.plain else found
 
 
 @dataclass(frozen=True)
@@ -107,12 +110,17 @@ def export(
         raise UserError(f"a language model is not exported as {kind} yet: choose safetensors")
     model.module.eval()
     written: Export = import_module(f"tutelage.export.{kind}").write(
-        Exported(model, normalised=normalised).eval(), example(model, size), path
+        Exported(model, normalised=normalised).eval(), example(model, size, 2 if model.outputs.batched else 1), path
     )
     return written
 
 
-def require_equal(found: Tensor, expected: Tensor, path: Path) -> float:
+def tensors(answer: Any) -> list[Tensor]:
+    """Return what a student answers as a list: one tensor, or several."""
+    return [answer] if isinstance(answer, Tensor) else list(answer)
+
+
+def require_equal(found: Sequence[Tensor], expected: Sequence[Tensor], path: Path) -> float:
     """Return the largest difference of two answers.
 
     Args:
@@ -123,8 +131,10 @@ def require_equal(found: Tensor, expected: Tensor, path: Path) -> float:
     Raises:
         UserError: if the difference is more than rounding explains.
     """
-    difference = (found.double() - expected.double()).abs().max().item()
-    scale = expected.abs().max().item()
+    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    shaped = all(a.shape == b.shape for a, b in pairs)
+    difference = max(((a - b).abs().max().item() for a, b in pairs if b.numel()), default=0.0) if shaped else math.inf
+    scale = max((b.abs().max().item() for _, b in pairs if b.numel()), default=0.0)
     if not difference <= 1e-4 * max(scale, 1.0):
         path.unlink(missing_ok=True)
         raise UserError(

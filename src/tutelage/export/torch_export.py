@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tutelage.core.error import UserError
 from tutelage.core.storage import write_whole
-from tutelage.export.student import Export, Exported, require_equal
+from tutelage.export.student import Export, Exported, require_equal, tensors
 
 
 def write(student: Exported, pixels: Tensor, path: Path) -> Export:
@@ -19,7 +19,8 @@ def write(student: Exported, pixels: Tensor, path: Path) -> Export:
     """
     with torch.no_grad():
         try:
-            program = torch.export.export(student, (pixels,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+            free = {0: torch.export.Dim("batch", min=1)} if student.outputs.batched else {}
+            program = torch.export.export(student, (pixels,), dynamic_shapes=(free,))
         except Exception as error:  # whatever tracing raises
             raise UserError(f"the student cannot be exported: {str(error).splitlines()[0]}") from error
 
@@ -29,5 +30,5 @@ def write(student: Exported, pixels: Tensor, path: Path) -> Export:
 
         write_whole(path, save)
         with path.open("rb") as file:
-            found = torch.export.load(file).module()(pixels)
-        return Export(path, path.stat().st_size, require_equal(found, student(pixels), path))
+            found = tensors(torch.export.load(file).module()(pixels))
+        return Export(path, path.stat().st_size, require_equal(found, tensors(student(pixels)), path))
