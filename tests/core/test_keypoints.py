@@ -10,7 +10,7 @@ from tutelage.core.keypoints import BODY, WHOLEBODY, Layout
 @pytest.mark.parametrize("layout", [BODY, WHOLEBODY])
 def test_a_mirror_of_a_mirror_is_the_same(layout: Layout) -> None:
     assert [layout.swap[layout.swap[number]] for number in range(len(layout))] == list(range(len(layout)))
-    assert all(layout.sigmas[number] == layout.sigmas[other] for number, other in enumerate(layout.swap[:23]))
+    assert all(layout.sigmas[number] == layout.sigmas[other] for number, other in enumerate(layout.swap[:17]))
 
 
 def test_sides_change_and_the_middle_stays() -> None:
@@ -54,5 +54,5 @@ def test_what_is_wrong_is_named() -> None:
         Layout.of_names(["a"], [0.0])
     with pytest.raises(UserError, match="keypoints 'bodi' are not known; did you mean body"):
         Layout.parse("bodi")
-    with pytest.raises(UserError, match="keypoints: .*colour"):
+    with pytest.raises(UserError, match=r"keypoints: .*colour"):
         Layout.parse({"name": "a", "colour": 1})

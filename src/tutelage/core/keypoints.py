@@ -134,8 +134,8 @@ class Layout:
                 return known
         if sigmas is None:
             raise UserError(
-                f"{len(names)} keypoints ({', '.join(names[:3])}, ...) are no known set, and how far annotators disagree "
-                "on each is unknown: give data.pose.sigmas, one number a keypoint"
+                f"{len(names)} keypoints ({', '.join(names[:3])}, ...) are no known set, and how far annotators "
+                "disagree on each is unknown: give data.pose.sigmas, one number a keypoint"
             )
         index = {name: number for number, name in enumerate(names)}
         swap = tuple(index.get(_mirrored(name), number) for number, name in enumerate(names))
