@@ -189,7 +189,7 @@ def _taken_over(
     Raises:
         UserError: if a source or module does not exist.
     """
-    sources = {"teacher": teacher.model.module} if isinstance(teacher, Live) else {}
+    sources = {"teacher": teacher.model.module} if teacher and teacher.model else {}
     if given.previous is not None:
         sources["previous"] = given.previous.module
     return inherit(student.module, recipe.inherit, sources), freeze(student.module, recipe.freeze)
@@ -279,7 +279,7 @@ def assemble(
     teacher = teacher_of(recipe, data, teacher_weights, given)
     inherited, frozen = _taken_over(recipe, student, teacher, given)
     if given.data is not None:
-        _require_pixels(sample, student, *([teacher.model] if isinstance(teacher, Live) else []))
+        _require_pixels(sample, student, *([teacher.model] if teacher and teacher.model else []))
     peers = _peers(recipe, data)
     torch.manual_seed(mix(settings.seed, TERMS))
     rebuilds: list[Rebuild] = []

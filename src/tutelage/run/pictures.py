@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from tutelage.core import Batch, Live
+from tutelage.core import Batch
 from tutelage.core.error import UserError
 from tutelage.core.picture import Depicting, Picture
 from tutelage.core.storage import write_text, write_whole
@@ -55,7 +55,7 @@ def depict(made: Assembled, home: Path, when: str) -> None:
     if when == "before":
         sources["truth"] = task.truths
         teacher = made.distiller.teachers.get("teacher")
-        if isinstance(teacher, Live):
+        if teacher is not None and teacher.model is not None:
             model = teacher.model
             sources["teacher"] = lambda batch: task.pictures(task.call(model, batch), batch)
     sources[when] = lambda batch: task.pictures(made.distiller.answer(batch), batch)
