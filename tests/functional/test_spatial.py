@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from tutelage.functional.spatial import (
     attention,
     channelwise_divergence,
+    class_maps,
     hierarchical_distance,
     match,
     mean_square,
@@ -118,3 +119,12 @@ def test_labels_are_made_small_as_by_the_library(grid: tuple[int, int]) -> None:
     labels = torch.arange(70).view(2, 5, 7)
     expected = F.interpolate(labels[:, None].float(), grid, mode="nearest")[:, 0].long()
     assert torch.equal(small_labels(labels, *grid), expected)
+
+
+def test_pixels_without_a_label_are_unknown() -> None:
+    target = torch.tensor([[[0, 1], [2, -1]], [[1, 9], [0, 2]]])
+    rows, pixels = torch.tensor([True, False]), torch.ones(2, 2, 2, dtype=torch.bool)
+    pixels[1, 1, 0] = False
+    assert class_maps(target, rows, 3, 2, 2).tolist() == [[[0, 1], [2, -1]], [[-1, -1], [-1, -1]]]
+    assert class_maps(target, pixels, 3, 2, 2).tolist() == [[[0, 1], [2, -1]], [[1, -1], [-1, 2]]]
+    assert class_maps(target, pixels, 3, 1, 1).tolist() == [[[0]], [[1]]]

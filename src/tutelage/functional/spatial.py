@@ -53,7 +53,8 @@ def as_grid(tokens: Tensor, like: tuple[int, int]) -> Tensor:
     height = max(round(math.sqrt(length * like[0] / like[1])), 1)
     if length % height:
         raise ValueError(f"{length} tokens fill no grid of the proportions {like[0]}x{like[1]}")
-    return tokens.transpose(1, 2).unflatten(2, (height, length // height))
+    grid: Tensor = tokens.transpose(1, 2).unflatten(2, (height, length // height))
+    return grid
 
 
 def attention(feature_map: Tensor, power: float = 2.0) -> Tensor:
@@ -145,3 +146,24 @@ def small_labels(labels: Tensor, height: int, width: int) -> Tensor:
     columns = torch.arange(width, device=labels.device) * labels.shape[2] // width
     small: Tensor = labels[:, rows][:, :, columns]
     return small
+
+
+def class_maps(target: Tensor, labelled: Tensor, num_classes: int, height: int, width: int) -> Tensor:
+    """Return class maps at the size of a feature map, -1 where nothing is known.
+
+    Args:
+        target: `[B, H, W]` int64.
+        labelled: `[B, H, W]` or `[B]` bool.
+        num_classes: K; labels outside [0, K) are not known.
+        height: of the result.
+        width: of the result.
+
+    Returns:
+        `[B, height, width]` int64.
+
+    Example:
+        >>> class_maps(torch.tensor([[[0, 7, 2, 1]]]), torch.tensor([True]), 3, 1, 4)
+        tensor([[[ 0, -1,  2,  1]]])
+    """
+    rows = labelled if labelled.ndim == 3 else labelled[:, None, None]
+    return small_labels(target.where(rows & (target >= 0) & (target < num_classes), -1), height, width)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -290,6 +291,14 @@ def test_memory_grows_with_the_pixels_and_not_with_their_square(monkeypatch: pyt
 
 
 # what is remembered
+
+
+def test_labels_may_be_known_pixel_by_pixel() -> None:
+    term = case().built()
+    assert isinstance(term, CIRKD)
+    batch = case().batch()
+    by_pixel = replace(batch, labelled=batch.labelled[:, None, None].expand_as(batch.target))
+    assert torch.equal(term.labels(by_pixel, 4, 4), term.labels(batch, 4, 4))
 
 
 def test_pixels_lie_class_by_class() -> None:

@@ -22,7 +22,7 @@ from tutelage.functional.collective import gather_rows
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.pairwise import unit
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import small_labels
+from tutelage.functional.spatial import class_maps
 
 CARD = Card(
     name="CIRKD",
@@ -402,9 +402,8 @@ class CIRKD(Term):
         if not (isinstance(target, Tensor) and target.ndim == 3 and not target.is_floating_point()):
             given = f"{list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise UserError(f"cirkd remembers pixels by class, and needs class maps [B, H, W], not {given}")
-        small = small_labels(target, height, width).flatten(1)
-        known = (small >= 0) & (small < self.num_classes) & (small != self.ignore_label) & batch.labelled[:, None]
-        return small.where(known, -1)
+        small = class_maps(target, batch.labelled, self.num_classes, height, width).flatten(1)
+        return small.where(small != self.ignore_label, -1)
 
     def draw(self, student: Signals, teacher: Signals | None, batch: Batch, draw: Draw) -> Any:
         """Return which pixels are remembered, and which places of the queues are contrasted."""
