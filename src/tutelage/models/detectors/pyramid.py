@@ -129,6 +129,7 @@ class Pyramid(nn.Module):
         norm: `batch` puts a batch norm behind the pyramid's convolutions.
         pretrained: with the library's own weights of the backbone.
         frozen_norm: batch norms of the backbone are constants: neither statistics nor scales move.
+        norm_eps: added to the variances in the backbone's batch norms; their own where None.
         frozen_stages: so many stages, the stem first, are not trained; 0 trains all.
 
     Attributes:
@@ -157,6 +158,7 @@ class Pyramid(nn.Module):
         pretrained: bool = False,
         frozen_norm: bool = False,
         frozen_stages: int = 0,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         if extra not in get_args(Extra):
@@ -183,6 +185,9 @@ class Pyramid(nn.Module):
         # taps stand on identities: some maps are made by no module of their own
         self.stages = nn.ModuleList([nn.Identity() for _ in strides])
         self.levels = nn.ModuleList([nn.Identity() for _ in self.strides])
+        for part in self.body.modules():
+            if isinstance(part, nn.BatchNorm2d) and norm_eps is not None:
+                part.eps = norm_eps
         if frozen_norm:
             freeze_norms(self.body)
         if frozen_stages:

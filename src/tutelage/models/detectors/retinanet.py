@@ -7,17 +7,19 @@ Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.retinanet import RetinaNetHead
+from torchvision.ops import generalized_box_iou_loss
 
 from tutelage.core import Tap
+from tutelage.core.error import UserError, nearest
 from tutelage.functional.precision import full_precision
 from tutelage.models.detectors.dense import (
     Padded,
@@ -36,6 +38,9 @@ from tutelage.models.detectors.pyramid import Pyramid
 
 SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 RATIOS = (0.5, 1.0, 2.0)
+#: By how boxes are learnt: the distance of their codes, or the generalised overlap.
+BoxLoss = Literal["l1", "giou"]
+HEAD_NORMS = {None: None, "batch": nn.BatchNorm2d, "group": partial(nn.GroupNorm, 32)}
 
 
 @final
@@ -53,6 +58,7 @@ class Answers:
         candidates: best scores of a level that are looked at.
         iou: overlap above which the lesser of two boxes goes.
         most: boxes an image.
+        box_loss: how boxes are learnt.
     """
 
     logits: Tensor
@@ -64,13 +70,20 @@ class Answers:
     candidates: int
     iou: float
     most: int
+    box_loss: BoxLoss = "l1"
+
+    def rows(self, rows: Sequence[int]) -> "Answers":
+        """Return the answers for some images."""
+        place = torch.tensor(rows, device=self.logits.device)
+        parts = {name: getattr(self, name)[place] for name in ("logits", "codes", "image_size")}
+        return replace(self, **parts)
 
     def losses(self, targets: Targets) -> dict[str, Tensor]:
-        """Return the focal loss and the L1 loss of the boxes.
+        """Return the focal loss of the classes, and the loss of the boxes.
 
         Each is summed over anchors, divided by the number that learn a box of the image, averaged over images.
         """
-        return _losses(self.logits, self.codes, self.anchors, Padded.of(targets))
+        return _losses(self.logits, self.codes, self.anchors, Padded.of(targets), self.box_loss)
 
     def detections(self) -> list[dict[str, Tensor]]:
         """Return what was found in each image, best first, in the pixels of the batch."""
@@ -94,7 +107,7 @@ class Answers:
 
 
 @full_precision
-def _losses(logits: Tensor, codes: Tensor, anchors: Tensor, known: Padded) -> dict[str, Tensor]:
+def _losses(logits: Tensor, codes: Tensor, anchors: Tensor, known: Padded, box_loss: BoxLoss) -> dict[str, Tensor]:
     known, anchors = known.to(codes.dtype), anchors.to(codes.dtype)
     which = matched(overlap(known, anchors), 0.5, 0.4)
     goal, label = known.at(which)
@@ -102,7 +115,11 @@ def _losses(logits: Tensor, codes: Tensor, anchors: Tensor, known: Padded) -> di
     count = learns.sum(dim=1).clamp(min=1)
     target = one_hot(label, learns, logits.shape[2], logits.dtype)
     classes = focal(logits, target).sum(dim=2).where(which > -2, 0.0).sum(dim=1)
-    edges = (codes - encode(goal, anchors)).abs().sum(dim=2).where(learns, 0.0).sum(dim=1)
+    if box_loss == "l1":
+        rows = (codes - encode(goal, anchors)).abs().sum(dim=2)
+    else:
+        rows = generalized_box_iou_loss(decode(codes, anchors), goal)
+    edges = rows.where(learns, 0.0).sum(dim=1)
     return {"classes": (classes / count).mean(), "boxes": (edges / count).mean()}
 
 
@@ -113,7 +130,8 @@ class RetinaNet(nn.Module):
     Args:
         num_classes: K.
         anchor: side of the smallest anchor, in strides.
-        head_norm: `batch` puts a batch norm behind each convolution of the towers.
+        head_norm: `batch` or `group` puts a norm behind each convolution of the towers.
+        box_loss: of the boxes' codes (`l1`), or of the boxes (`giou`).
         threshold: score below which nothing was found.
         candidates: best scores of a level that are looked at.
         iou: overlap above which the lesser of two boxes of a class goes.
@@ -133,6 +151,7 @@ class RetinaNet(nn.Module):
         *,
         anchor: float = 4.0,
         head_norm: str | None = None,
+        box_loss: BoxLoss = "l1",
         threshold: float = 0.05,
         candidates: int = 1000,
         iou: float = 0.5,
@@ -144,9 +163,16 @@ class RetinaNet(nn.Module):
         self.backbone = Pyramid(**options)
         sides = [[int(anchor * stride * scale) for scale in SCALES] for stride in self.backbone.strides]
         self.anchor_generator = AnchorGenerator(tuple(map(tuple, sides)), (RATIOS,) * len(sides))
-        layer = nn.BatchNorm2d if head_norm == "batch" else None
-        self.head = RetinaNetHead(self.backbone.width, len(SCALES) * len(RATIOS), num_classes, norm_layer=layer)
-        self.reading = partial(Answers, threshold=threshold, candidates=candidates, iou=iou, most=most)
+        if head_norm not in HEAD_NORMS:
+            raise UserError(f"head_norm {head_norm!r} is not known{nearest(str(head_norm), map(str, HEAD_NORMS))}")
+        if box_loss not in get_args(BoxLoss):
+            raise UserError(f"box_loss {box_loss!r} is not known{nearest(str(box_loss), get_args(BoxLoss))}")
+        self.head = RetinaNetHead(
+            self.backbone.width, len(SCALES) * len(RATIOS), num_classes, norm_layer=HEAD_NORMS[head_norm]
+        )
+        self.reading = partial(
+            Answers, threshold=threshold, candidates=candidates, iou=iou, most=most, box_loss=box_loss
+        )
 
     def forward(self, pixels: Tensor, image_size: Tensor | None = None) -> Answers:
         """Return the answers of all anchors.
@@ -175,5 +201,26 @@ class RetinaNet(nn.Module):
         """Return the modules a teacher may lend: the last convolution of each tower."""
         return {"head.cls": "head.classification_head.cls_logits", "head.box": "head.regression_head.bbox_reg"}
 
+    def by_class(self) -> dict[str, tuple[int, int]]:
+        """Return the parameters that have a row a class: groups before it, and numbers of one."""
+        home = "head.classification_head.cls_logits"
+        return {f"{home}.{name}": (len(SCALES) * len(RATIOS), 1) for name in ("weight", "bias")}
+
 
 ARCHITECTURES = {"retinanet": RetinaNet}
+#: Detectors of torchvision that this is, with their options.
+PUBLISHED = {
+    "retinanet_resnet50_fpn": {
+        "detector": "retinanet",
+        "backbone": "torchvision:resnet50",
+        "frozen_norm": True,
+        "norm_eps": 0.0,
+    },
+    "retinanet_resnet50_fpn_v2": {
+        "detector": "retinanet",
+        "backbone": "torchvision:resnet50",
+        "extra": "p6p7_backbone",
+        "head_norm": "group",
+        "box_loss": "giou",
+    },
+}

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detectors by name: those of `detectors/`, torchvision's with their published weights, transformers', anyone's."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.core import InputSpec, Model, Tap
+from tutelage.core.error import UserError, nearest
+from tutelage.models import weights
+from tutelage.models.source import Wanted
+
+#: Words of a mapping that are not the constructor's.
+WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names", "head")
+#: Of ImageNet, with which backbones of torchvision and timm were trained.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+BACKGROUND = "__background__"
+NOTHING = ("N/A", BACKGROUND)  # names of outputs that stand for no class
+
+
+@cache
+def architectures() -> dict[str, Callable[..., nn.Module]]:
+    """Return the detectors of `detectors/` by name: a file there lists its own in `ARCHITECTURES`."""
+    found: dict[str, Callable[..., nn.Module]] = {}
+    for path in sorted((Path(__file__).parent / "detectors").glob("[!_]*.py")):
+        found |= getattr(import_module(f"tutelage.models.detectors.{path.stem}"), "ARCHITECTURES", {})
+    return found
+
+
+def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, Any], seed: int | None) -> Model:
+    """Return a detector with its roles.
+
+    - `stages[i]`: the backbone's maps; `fpn[i]`: the pyramid's
+    - `head.cls[i]`, `head.box[i]`: what is said of classes and boxes at each level
+
+    Args:
+        kind: `tutelage`, `torchvision`, `hf` or `python`.
+        place: a name; a file and its function.
+        given: the mapping of a recipe: `weights` (null, `pretrained` or a file), `roles`, `input`, `head: fresh`
+            (weights for other classes: what answers for classes starts anew) and options of the constructor.
+        facts: of the data: `num_classes`, `class_names`.
+        seed: of the initial weights; None draws them from torch's generator.
+
+    Raises:
+        UserError: on an unknown name or option, or weights that do not fit.
+    """
+    options = {word: value for word, value in given.items() if word not in WORDS}
+    count, names = facts.get("num_classes"), tuple(facts.get("class_names", ()))
+    pretrained = given.get("weights") == "pretrained"
+    published = _published(place, pretrained) if kind == "torchvision" else None
+    if published is not None:
+        options = {**published.options, **options}
+        if not names and count is None:
+            names = tuple(name for name in published.categories if name not in NOTHING)
+        count = count or len(names)
+    module = _seeded(lambda: _built(kind, place, options, count, pretrained), seed)
+    pixels = InputSpec(mean=MEAN, std=STD)
+    if kind == "hf" or hasattr(module, "pixels"):
+        pixels = getattr(module, "pixels", pixels)
+    fresh = given.get("head") == "fresh"
+    file = given.get("weights")
+    if published is not None and pretrained:
+        state = published.state()
+        fit(module, state, f"torchvision:{place}", names, published.categories, fresh=fresh)
+    elif file is not None and not pretrained:
+        state = weights.read(file)
+        rows = tuple(published.categories) if published is not None else ()
+        fit(module, state, str(file), names, rows, fresh=fresh)
+    found: dict[str, Tap] = _of(module, "roles")
+    named = {role: Tap.parse(tap) for role, tap in (given.get("roles") or {}).items()}
+    return Model(
+        module,
+        {**found, **named},
+        _of(module, "lends"),
+        input=_input(pixels, given.get("input")),
+        class_names=names,
+        source={"num_classes": count},
+    )
+
+
+def _of(module: nn.Module, word: str) -> dict[str, Any]:
+    method = getattr(module, word, None)
+    return dict(method()) if callable(method) else {}
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int | None) -> nn.Module:
+    if seed is None:
+        return build()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        return build()
+
+
+def _built(kind: str, place: str, options: Mapping[str, Any], count: int | None, pretrained: bool) -> nn.Module:
+    if kind == "python":
+        from tutelage.models.python import build
+
+        return build(Wanted(place, num_classes=count, options=options)).module
+    if kind == "hf":
+        from tutelage.models.detectors.detr import build as transformer
+
+        made: nn.Module = transformer(place, options, count, pretrained)
+        return made
+    known = architectures()
+    name = str({**options}.pop("detector", place)) if kind == "torchvision" else place
+    if kind not in ("tutelage", "torchvision"):
+        raise UserError(f"model '{kind}:{place}' is no detector: write tutelage:NAME, torchvision:NAME, hf: or python:")
+    if name not in known:
+        raise UserError(f"unknown detector 'tutelage:{name}'{nearest(name, known)}")
+    if kind == "tutelage" and pretrained:
+        raise UserError(
+            f"tutelage:{name} comes without weights: give a file as `weights`, or `pretrained: true` for a backbone"
+        )
+    try:
+        return known[name](count or 1, **{word: value for word, value in options.items() if word != "detector"})
+    except TypeError as error:
+        raise UserError(f"{kind}:{place}: {str(error).replace('__init__() ', '')}") from error
+
+
+def _input(found: InputSpec, given: Mapping[str, Any] | None) -> InputSpec:
+    words = [part.name for part in fields(InputSpec)]
+    for word in given or {}:
+        if word not in words:
+            raise UserError(f"input.{word} is not known{nearest(word, words)}")
+    said = {word: tuple(v) if isinstance(v, list) else v for word, v in (given or {}).items()}
+    return InputSpec(**{**{word: getattr(found, word) for word in words}, **said})
+
+
+# --- torchvision -----------------------------------------------------------------------------------------
+
+
+class _Published:
+    """A detector of torchvision: which of ours it is, and where its weights are."""
+
+    def __init__(self, place: str, options: Mapping[str, Any], pretrained: bool) -> None:
+        import torchvision
+
+        self.enum = torchvision.models.get_model_weights(place).DEFAULT
+        self.place, self.options, self.pretrained = place, dict(options), pretrained
+        self.categories: tuple[str, ...] = tuple(self.enum.meta["categories"])
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the published weights.
+
+        Raises:
+            UserError: if they cannot be had.
+        """
+        try:
+            found: dict[str, Tensor] = self.enum.get_state_dict(progress=False, check_hash=True)
+        except OSError as error:
+            raise UserError(
+                f"torchvision:{self.place}: its weights cannot be had ({error}); give a file as `weights`"
+            ) from error
+        return found
+
+
+def _published(place: str, pretrained: bool) -> _Published:
+    import torchvision
+
+    known: dict[str, dict[str, Any]] = {}
+    for path in sorted((Path(__file__).parent / "detectors").glob("[!_]*.py")):
+        known |= getattr(import_module(f"tutelage.models.detectors.{path.stem}"), "PUBLISHED", {})
+    names = torchvision.models.list_models(module=torchvision.models.detection)
+    if place not in names:
+        raise UserError(f"unknown detector 'torchvision:{place}'{nearest(place, known)}")
+    if place not in known:
+        raise UserError(f"torchvision:{place} is not among the detectors that are here: {', '.join(sorted(known))}")
+    return _Published(place, known[place], pretrained)
+
+
+def fit(
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    source: str,
+    names: Sequence[str],
+    categories: Sequence[str],
+    *,
+    fresh: bool = False,
+) -> None:
+    """Load weights; what answers for classes is picked by name where the weights know more of them.
+
+    A detector says in `by_class()` which of its parameters have a row a class: for each the number of groups that
+    stand before the class, and the numbers of one class; `background` is true where the first row of all is for
+    nothing.
+
+    Args:
+        module: takes the weights.
+        state: by key.
+        source: the file, for the error.
+        names: classes of the data, by index.
+        categories: classes of the weights, by index; empty if they are not known.
+        fresh: keep the initial weights of what answers for classes.
+
+    Raises:
+        UserError: if weights do not fit, or know no class of some name.
+    """
+    rows = _of(module, "by_class")
+    own, known = module.state_dict(), dict(state)
+    other = [key for key in rows if key in state and state[key].shape != own[key].shape]
+    whole = [
+        key for key, (groups, numbers) in rows.items() if _length(state, key) == groups * len(categories) * numbers
+    ]
+    if fresh:
+        known |= {key: own[key] for key in rows}
+    elif whole and names and tuple(names) != tuple(categories):
+        missing = [name for name in names if name not in categories]
+        if missing:
+            raise UserError(
+                f"weights: {source} know no class {missing[0]!r}{nearest(missing[0], categories)}; "
+                "`head: fresh` keeps the rest and starts what answers for classes anew"
+            )
+        picked = [categories.index(name) for name in names]
+        if getattr(module, "background", False):
+            picked = [categories.index(BACKGROUND) if BACKGROUND in categories else 0, *picked]
+        for key in whole:
+            groups, numbers = rows[key]
+            known[key] = state[key].unflatten(0, (groups, len(categories), numbers))[:, picked].flatten(0, 2)
+    elif other:
+        raise weights.OtherClassesError(
+            f"weights: {source} are for other classes than the data's {len(names)}; "
+            "`head: fresh` keeps the rest and starts what answers for classes anew"
+        )
+    weights.fit(module, known, source)
+
+
+def _length(state: Mapping[str, Tensor], key: str) -> int:
+    return len(state[key]) if key in state else 0
