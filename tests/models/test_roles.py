@@ -351,6 +351,26 @@ def test_tokens_without_a_norm_are_the_last_blocks() -> None:
     assert find(Tokens(1, norm=False), noise(16)).taps["tokens"].where == "layers.2"
 
 
+def test_of_a_norm_that_runs_after_every_block_the_last_call_is_the_tokens() -> None:
+    class Normed(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.flat(self.embed(x)).transpose(1, 2)
+            kept = [x := layer(x) for layer in self.layers]
+            return self.head(sum(self.norm(one).mean(1) for one in kept))  # type: ignore[no-any-return]
+
+    network = Normed(0)
+    found = find(network, noise(16)).taps
+    assert (found["tokens"].where, found["tokens"].call) == ("norm", 2)
+    taps, _ = readings(Model(network, found), noise(16))
+    assert torch.allclose(network.norm(taps["blocks[2]"]), taps["tokens"], atol=1e-6)
+
+
+def test_a_padding_is_no_stage() -> None:
+    convolutions = nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 5, 3, 2), nn.AdaptiveAvgPool2d(1)
+    network = nn.Sequential(convolutions[0], nn.ConstantPad2d(1, 0.0), *convolutions[1:], nn.Flatten(), nn.Linear(5, 5))
+    assert [tap.where for role, tap in find(network, noise(16)).taps.items() if role.startswith("stages")] == ["0", "2"]
+
+
 def test_a_network_of_neither_maps_nor_tokens_has_a_classifier_only() -> None:
     network = nn.Sequential(nn.Flatten(), nn.Linear(48, 8), nn.ReLU(), nn.Linear(8, 5))
     assert places(find(network, noise(4))) == {"pooled": "3:input"}

@@ -12,7 +12,7 @@ from tutelage.core.tap import Tap
 from tutelage.models.attention import projections
 from tutelage.models.trace import Call, trace
 
-PREFIXES = 8  # class and register tokens there may be
+PREFIXES = 16  # class and register tokens there may be
 #: Networks whose tokens lie in another order than the image's until their last stage.
 SHUFFLED = ("Hiera",)
 Side = Literal["output", "input"]
@@ -205,7 +205,7 @@ def _maps(root: Call, sight: Sight, calls: list[Call], stages: Sequence[str]) ->
     before = set(map(id, calls))
     chain = [unit for inner in root.inner for unit in _chain(inner, sight)]
     units = [unit for unit in chain if id(unit.call) in before]
-    # an identity adds no name, and a pooling that keeps the size no knowledge
+    # an identity adds no name, and a padding, or a pooling that keeps the size, no knowledge
     units = [unit for unit in units if not _adds_nothing(unit.call)]
     units = [unit for unit in units if math.prod(unit.lay.size) > 1] or units[-1:]
     if not units:
@@ -256,7 +256,8 @@ def _named(root: Call, sight: Sight, paths: Sequence[str]) -> list[Unit]:
 def _adds_nothing(call: Call) -> bool:
     same = call.given is not None and call.taken is not None and call.given.shape == call.taken.shape
     identity = call.given is call.taken and not any(isinstance(c.module, ACTIVATIONS) for c in call.walk())
-    return identity or (same and "Pool" in type(call.module).__name__)
+    kind = type(call.module).__name__
+    return identity or "Pad" in kind or (same and "Pool" in kind)
 
 
 def _is_block(call: Call) -> bool:
@@ -342,7 +343,7 @@ def _tokens(root: Call, image: Tensor, calls: list[Call], prefix: int | None) ->
         return {}
     shape = _shape(blocks[-1])
     # a known number holds for what the model ends in: class attention may add its token after the blocks
-    counts = range(PREFIXES) if prefix is None else (prefix, 0)
+    counts = range(PREFIXES + 1) if prefix is None else (prefix, 0)
     fitting = [count for count in counts if _rows(shape[1] - count, image) is not None]
     prefix = fitting[0] if fitting else prefix or 0
     patches = shape[1] - prefix
@@ -354,8 +355,12 @@ def _tokens(root: Call, image: Tensor, calls: list[Call], prefix: int | None) ->
             taps[f"cls[{number}]"] = Tap(block.path, layout="cls")
         taps |= {f"{role}[{number}]": tap for role, tap in projections(block).items()}
     after = calls[calls.index(blocks[-1]) + 1 :]
+    repeated = {call.path for call in calls if call.number}
     norms = [c for c in after if "Norm" in type(c.module).__name__ and c.given is not None and c.given.shape == shape]
-    taps["tokens"] = Tap((norms or blocks[-1:])[0].path, layout="tokens", prefix=prefix)
+    direct = [call for call in norms if call.taken is blocks[-1].given]
+    end = (direct or norms or blocks[-1:])[0]
+    number = end.number if end.path in repeated else None
+    taps["tokens"] = Tap(end.path, call=number, layout="tokens", prefix=prefix)
     early = calls[: calls.index(next(blocks[0].walk()))]
     embeddings = [c for c in early if c.given is not None and c.given.ndim == 3 and c.given.shape[-1] == shape[-1]]
     full = [c for c in embeddings if c.given is not None and c.given.shape[1] == patches]

@@ -12,8 +12,9 @@ from tutelage.models.source import Built, Wanted, by_channels
 
 
 def call(module: nn.Module, inputs: Any) -> Any:
-    """Return the output for images."""
-    return module(pixel_values=inputs)
+    """Return the output for images: a record with `logits`, or the scores of a model that calls them otherwise."""
+    output = module(pixel_values=inputs)
+    return output if "logits" in output or "last_hidden_state" not in output else output["last_hidden_state"]
 
 
 def build(wanted: Wanted) -> Built:
