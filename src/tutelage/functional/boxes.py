@@ -45,3 +45,23 @@ def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grid: tuple[i
     claims = (inside[0] / cells[:, None])[:, :, None] * inside[1][:, None, :]
     owner = box_image[:, None, None].expand_as(claims)
     return boxes.new_zeros(len(image_size), *grid).scatter_reduce(0, owner, claims, "amax")
+
+
+def iou_of(one: Tensor, other: Tensor) -> Tensor:
+    """Return the IoU of boxes with those at the same place, 0 where both have no area.
+
+    Args:
+        one: `[..., 4]`.
+        other: of the same shape.
+
+    Returns:
+        `[...]`.
+
+    Example:
+        >>> iou_of(torch.tensor([[0.0, 0.0, 2.0, 2.0]]), torch.tensor([[1.0, 0.0, 3.0, 2.0]]))
+        tensor([0.3333])
+    """
+    inner = (torch.minimum(one[..., 2:], other[..., 2:]) - torch.maximum(one[..., :2], other[..., :2])).clamp(min=0)
+    areas = [(side[..., 2:] - side[..., :2]).clamp(min=0).prod(dim=-1) for side in (one, other)]
+    inter = inner.prod(dim=-1)
+    return inter / (areas[0] + areas[1] - inter).clamp(min=torch.finfo(one.dtype).tiny)
