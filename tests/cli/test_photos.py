@@ -153,6 +153,17 @@ def test_a_class_missing_from_validation(capsys: CAPSYS) -> None:
     assert (told.code, told.err) == (2, ["tutelage: photos/val lacks 1 of 3 classes: dog"])
 
 
+def test_a_label_out_of_range(capsys: CAPSYS) -> None:
+    row = bytes(3 * 32 * 32)
+    for number in range(1, 6):
+        Path(f"data_batch_{number}.bin").write_bytes(b"".join(bytes([label]) + row for label in range(10)))
+    Path("test_batch.bin").write_bytes(bytes([3]) + row + bytes([11]) + row)
+    told = tutelage(capsys, "train", "--student", "tutelage:resnet8", "--data", "cifar10:.", *SHORT, "--out", "run")
+    said = "tutelage: test_batch.bin: image 1 has class 11, out of range: the classes are 0 to 9"
+    assert (told.code, told.err) == (2, [said])
+    assert not Path("run").exists()
+
+
 def test_validation_images_that_are_also_training_images(capsys: CAPSYS) -> None:
     photos(Path("photos/train"))
     photos(Path("photos/val"), 2, skip=20)

@@ -129,8 +129,13 @@ def _present(file: Path) -> Path:
 def _checked(pixels: Any, labels: list[int], words: tuple[str, ...], one: Edition, file: Path) -> Arrays:
     if len(words) != one.classes:
         raise UserError(f"{file.parent}: {len(words)} class names for {one.classes} classes")
-    if len(labels) != len(pixels) or not all(0 <= label < one.classes for label in labels):
-        raise UserError(f"{file}: labels do not fit {len(pixels)} images of {one.classes} classes")
+    if len(labels) != len(pixels):
+        raise UserError(f"{file}: {len(labels)} labels for {len(pixels)} images")
+    wrong = next((number for number, label in enumerate(labels) if not 0 <= label < one.classes), None)
+    if wrong is not None:
+        raise UserError(
+            f"{file}: image {wrong} has class {labels[wrong]}, out of range: the classes are 0 to {one.classes - 1}"
+        )
     return Arrays(torch.from_numpy(pixels.copy()), torch.tensor(labels), words, str(file))
 
 
