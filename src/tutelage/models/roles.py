@@ -242,8 +242,12 @@ def _maps(root: Call, sight: Sight, calls: list[Call], stages: Sequence[str]) ->
 
 
 def _ends(units: list[Unit]) -> list[Unit]:
-    """Return the last unit of each resolution."""
-    return list({unit.lay.size: unit for unit in units}.values())
+    """Return the last unit of each resolution; one that is finer than what came before hides that."""
+    ends: list[Unit] = []
+    for unit in reversed(units):
+        if not ends or math.prod(unit.lay.size) > math.prod(ends[-1].lay.size):
+            ends.append(unit)
+    return ends[::-1]
 
 
 def _named(root: Call, sight: Sight, paths: Sequence[str]) -> list[Unit]:
@@ -338,7 +342,7 @@ def _like(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _tokens(root: Call, image: Tensor, calls: list[Call], prefix: int | None) -> dict[str, Tap]:
-    blocks = _blocks(root, calls)
+    blocks = _blocks(root, len(image), calls)
     if not blocks:
         return {}
     shape = _shape(blocks[-1])
@@ -374,8 +378,8 @@ def _shape(call: Call) -> tuple[int, ...]:
     return tuple(call.given.shape)
 
 
-def _blocks(root: Call, calls: list[Call]) -> list[Call]:
-    """Return the row of siblings that all give `[B, L, D]` of one width, or nothing.
+def _blocks(root: Call, count: int, calls: list[Call]) -> list[Call]:
+    """Return the row of siblings that all give `[B, L, D]` of one width and as many rows as images, or nothing.
 
     A few prefix tokens may join on the way. A second row may follow on the same tokens and a few more, as
     class-attention layers do.
@@ -384,7 +388,7 @@ def _blocks(root: Call, calls: list[Call]) -> list[Call]:
     for call in calls:
         parent = call.path.rpartition(".")[0]
         in_row = isinstance(root.module.get_submodule(parent), (nn.Sequential, nn.ModuleList))
-        if in_row and call.number == 0 and _is_sequence(call):
+        if in_row and call.number == 0 and _is_sequence(call) and _shape(call)[0] == count:
             rows.setdefault(parent, []).append(call)
     outer = {parent: row for parent, row in rows.items() if not any(parent.startswith(f"{o}.") for o in rows)}
     long = [row for row in outer.values() if len(row) > 1]
