@@ -2,6 +2,7 @@
 """Maps over positions: bringing two to one size, where a map looks, what is said at each place."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -167,3 +168,28 @@ def class_maps(target: Tensor, labelled: Tensor, num_classes: int, height: int, 
     """
     rows = labelled if labelled.ndim == 3 else labelled[:, None, None]
     return small_labels(target.where(rows & (target >= 0) & (target < num_classes), -1), height, width)
+
+
+def taking_part(target: Any, labelled: Tensor, height: int, width: int) -> Tensor | None:
+    """Return which places of a map are compared: all but those of ignored pixels.
+
+    An image of which no place is known, such as one without labels, takes part as a whole.
+
+    Args:
+        target: `[B, H, W]` int64 classes, negative where ignored; anything else has nothing to ignore.
+        labelled: `[B]` or `[B, H, W]` bool.
+        height: of the map.
+        width: of the map.
+
+    Returns:
+        `[B, height, width]` bool, or None where there are no class maps.
+
+    Example:
+        >>> taking_part(torch.tensor([[[0, -1], [-1, 2]]]), torch.tensor([True]), 2, 1).flatten()
+        tensor([ True, False])
+    """
+    if not isinstance(target, Tensor) or target.ndim != 3 or target.is_floating_point():
+        return None
+    known = (target >= 0) & labelled.view(len(labelled), *((1, 1) if labelled.ndim == 1 else labelled.shape[1:]))
+    small = small_labels(known, height, width)
+    return small | ~small.flatten(1).any(1)[:, None, None]

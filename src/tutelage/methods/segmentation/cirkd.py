@@ -3,7 +3,8 @@
 
 The memory holds, for each class, pixels and means of regions that the teacher saw. In the released code the chosen
 numbers of a class's own pixels are used as positions in the whole image, so that mostly pixels of other classes are
-remembered: a defect, offered as `form="image"` for its numbers.
+remembered: a defect, offered as `form="image"` for its numbers. There ignored pixels are compared like others, and
+only not remembered; here they take no part where class maps say which they are.
 """
 
 from collections.abc import Mapping
@@ -22,7 +23,7 @@ from tutelage.functional.collective import gather_rows
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.pairwise import unit
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import class_maps
+from tutelage.functional.spatial import class_maps, match, taking_part
 
 CARD = Card(
     name="CIRKD",
@@ -58,6 +59,7 @@ def cirkd(
     alpha: float = 1.0,
     temperature: float = 0.1,
     gather: bool = False,
+    keep: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> dict[str, Tensor]:
     """Return the pixel-wise part and the relations within the batch.
 
@@ -80,6 +82,8 @@ def cirkd(
         alpha: coefficient of the relations; 0 leaves them out.
         temperature: tau, > 0.
         gather: relate to the images of all processes instead of this process's own.
+        keep: `[B, H, W]` bool for score maps and features: places that take part, the only ones that are averaged
+            over; None keeps all, as the released code does.
 
     Returns:
         `kd` and `batch`: scalars with their coefficients, float32 or wider.
@@ -104,24 +108,36 @@ def cirkd(
     parts = {"kd": student_logits[:, :0].sum(), "batch": student_map[:, :0].sum()}
     if lambda_kd:
         rows = kl_divergence(student_logits.movedim(1, -1), teacher_logits.movedim(1, -1))
-        parts["kd"] = lambda_kd * rows.sum() / max(rows.numel(), 1)
+        parts["kd"] = lambda_kd * (rows if keep[0] is None else _kept_mean(rows, keep[0])).sum() / max(rows.numel(), 1)
     if alpha:
         student, teacher = vectors(student_map), vectors(teacher_map)
         students, teachers = (gather_rows(side)[0] if gather else side for side in (student, teacher))
         images, pixels = students.shape[:2]
+        own = student.new_ones(student.shape[:2], dtype=torch.bool) if keep[1] is None else keep[1].flatten(1)
+        left_out = ~(gather_rows(own.float())[0] > 0 if gather else own)
+        share = _kept_mean(torch.ones_like(own, dtype=student.dtype), own)
 
         def compare(start: int, stop: int, s: Tensor, t: Tensor, everyone: Tensor, taught: Tensor) -> Tensor:
             ours, theirs = (
-                (own.flatten(0, 1)[start:stop] @ all_.flatten(0, 1).T / temperature).unflatten(1, (images, pixels))
-                for own, all_ in ((s, everyone), (t, taught))
+                (one.flatten(0, 1)[start:stop] @ all_.flatten(0, 1).T / temperature)
+                .unflatten(1, (images, pixels))
+                .masked_fill(left_out, -torch.inf)
+                for one, all_ in ((s, everyone), (t, taught))
             )
-            return kl_divergence(ours, theirs).sum()
+            return (kl_divergence(ours, theirs) * share.flatten()[start:stop, None]).sum()
 
         count = len(student) * pixels
         pieces = spans(count, images * pixels) or [(0, 0)]
         total = sum_over(pieces, compare, student, teacher, students, teachers)
         parts["batch"] = alpha * total / max(count * images, 1)
     return parts
+
+
+def _kept_mean(rows: Tensor, keep: Tensor) -> Tensor:
+    """Return rows whose mean over all places of an image is that over its kept places."""
+    flat = keep.flatten(1)
+    factor = flat.shape[1] / flat.sum(1).clamp(min=1)
+    return rows.where(keep, 0.0) * factor.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
 
 
 def vectors(feature_map: Tensor) -> Tensor:
@@ -286,6 +302,8 @@ def region_writing(pointer: Tensor, centroid: Tensor, count: Tensor, length: int
 class CIRKD(Term):
     """Term form of :func:`cirkd`, and the memory: the student's features through a projection head.
 
+    Of score maps of two sizes the larger one is averaged to the smaller.
+
     The queues hold what the teacher saw of each class. A batch is added before it is compared, as published,
     and for good after the optimizer's step, then with the pixels of all micro-batches and processes; images
     follow each other by their ids. The queues are part of the checkpoint.
@@ -433,15 +451,19 @@ class CIRKD(Term):
             UserError: if the data has no class maps, or the projection's batch norm gets one value a channel.
         """
         source, goal = student[self.student_tap.name], teacher[self.teacher_tap.name]
+        scores = match(student.logits, teacher.logits)
         parts = cirkd(
-            student.logits,
-            teacher.logits,
+            *scores,
             source,
             goal,
             lambda_kd=self.lambda_kd,
             alpha=self.alpha,
             temperature=self.temperature,
             gather=self.gather,
+            keep=(
+                taking_part(batch.target, batch.labelled, *scores[0].shape[2:]),
+                taking_part(batch.target, batch.labelled, *source.shape[2:]),
+            ),
         )
         if draws is None:
             return Outcome(parts)

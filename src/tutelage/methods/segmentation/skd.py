@@ -2,7 +2,8 @@
 """Match the class probabilities of every pixel, and which regions of an image the teacher finds alike.
 
 The method's third part, a discriminator that tells whole score maps apart, is not here. The released pixel part is
-a sum over the images of one device; the default is its mean, `form="sum"` the released value.
+a sum over the images of one device; the default is its mean, `form="sum"` the released value. There ignored pixels
+count like others; here they take no part where class maps say which they are.
 """
 
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ from tutelage.core.error import UserError
 from tutelage.functional.block import spans, sum_over
 from tutelage.functional.divergence import cross_entropy
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import match, taking_part
 
 CARD = Card(
     name="SKD",
@@ -42,18 +44,23 @@ OBJECTIVE = {"task": 1.0, "skd": {"weight": 1.0}}
 Form = Literal["mean", "sum"]
 
 
-def regions(feature_map: Tensor, pool_scale: float) -> Tensor:
+def regions(feature_map: Tensor, pool_scale: float, keep: Tensor | None = None) -> Tensor:
     """Return the strongest activations of each region, as vectors of length one.
 
     Args:
         feature_map: `[B, C, H, W]`.
         pool_scale: height and width of a region, as a share of the map's.
+        keep: `[B, H, W]` bool, the places that take part; None keeps all. A region without any is zeros.
 
     Returns:
         `[B, P, C]`. The length is a constant, and a vector of zeros stays zero, without gradient.
     """
     size = [max(1, int(side * pool_scale)) for side in feature_map.shape[2:]]
+    if keep is not None:
+        feature_map = feature_map.masked_fill(~keep[:, None], -torch.inf)
     pooled = F.max_pool2d(feature_map, size, size, ceil_mode=True).flatten(2).mT
+    if keep is not None:
+        pooled = pooled.masked_fill(pooled == -torch.inf, 0.0)
     length = torch.linalg.vector_norm(pooled.detach(), dim=2, keepdim=True)
     return torch.where(length > 0, pooled / (length + 1e-8), 0.0)
 
@@ -69,6 +76,7 @@ def skd(
     lambda_pair: float = 1.0,
     pool_scale: float = 0.5,
     form: Form = "mean",
+    keep: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> dict[str, Tensor]:
     """Return the pixel-wise and the pair-wise part.
 
@@ -81,7 +89,7 @@ def skd(
         - the pixel part is a cross-entropy, the teacher's entropy left in, without a temperature
         - regions do not overlap; those at the right and lower edge may be smaller
         - the length of f is a constant, so that gradients have a part along f
-        - averaged over images (`sum`: the pixel part is summed over them); ignored pixels count too
+        - averaged over images (`sum`: the pixel part is summed over them), within each over the places that are kept
 
     Args:
         student_logits: `[B, K, H, W]`, any float dtype; compared in float32 or wider.
@@ -92,6 +100,8 @@ def skd(
         lambda_pair: coefficient of the pair part (0.5 in the authors' script).
         pool_scale: height and width of a region, as a share of the map's, in (0, 1].
         form: of the pixel part: `mean` over images, or `sum` (the released code).
+        keep: `[B, H, W]` bool for score maps, student's and teacher's features: places that take part; None keeps
+            all, as the released code does.
 
     Returns:
         `pixel` and `pair`: scalars with their coefficients, float32 or wider; their sum is the loss. Without
@@ -115,8 +125,13 @@ def skd(
         )
     images, _, height, width = student_logits.shape
     rows = cross_entropy(student_logits.movedim(1, -1), teacher_logits.movedim(1, -1))
-    pixel = rows.sum() / (height * width * (max(images, 1) if form == "mean" else 1))
-    student, teacher = regions(student_map, pool_scale), regions(teacher_map, pool_scale)
+    if keep[0] is None:
+        pixel = rows.sum() / (height * width)
+    else:
+        pixel = (rows.where(keep[0], 0.0).sum((1, 2)) / keep[0].sum((1, 2)).clamp(min=1)).sum()
+    if form == "mean":
+        pixel = pixel / max(images, 1)
+    student, teacher = regions(student_map, pool_scale, keep[1]), regions(teacher_map, pool_scale, keep[2])
     if student.shape[:2] != teacher.shape[:2]:
         raise UserError(
             f"skd compares regions: the student's map {list(student_map.shape)} gives {student.shape[1]}, "
@@ -133,7 +148,7 @@ def skd(
 
 @final
 class SKD(Term):
-    """Term form of :func:`skd`.
+    """Term form of :func:`skd`; of score maps of two sizes the larger one is averaged to the smaller.
 
     Args:
         lambda_pixel: see :func:`skd`.
@@ -180,13 +195,15 @@ class SKD(Term):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `pixel` and `pair`."""
+        scores = match(student.logits, teacher.logits)
+        maps = student[self.student_tap.name], teacher[self.teacher_tap.name]
+        kept = [taking_part(batch.target, batch.labelled, *one.shape[2:]) for one in (scores[0], *maps)]
         return skd(
-            student.logits,
-            teacher.logits,
-            student[self.student_tap.name],
-            teacher[self.teacher_tap.name],
+            *scores,
+            *maps,
             lambda_pixel=self.lambda_pixel,
             lambda_pair=self.lambda_pair,
             pool_scale=self.pool_scale,
             form=self.form,
+            keep=(kept[0], kept[1], kept[2]),
         )
