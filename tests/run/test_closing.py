@@ -12,7 +12,7 @@ from tutelage.models.load import load
 from tutelage.run.assemble import assemble
 from tutelage.run.closing import closing
 from tutelage.run.distill import distill
-from tutelage.run.page import class_table
+from tutelage.run.page import class_table, scored_classes
 from tutelage.run.recipe import Recipe, parse
 from tutelage.tasks.classification import agreement, by_class
 
@@ -99,3 +99,12 @@ def test_of_many_classes_the_lowest_are_shown() -> None:
     assert len(many.rows) == 20
     assert [row[2] for row in many.rows] == sorted((row[2] for row in many.rows), key=lambda cell: float(cell or 0))
     assert many.note == "The 20 lowest of 30; all are in result.json."
+
+
+def test_scores_of_classes_have_a_table_of_their_own() -> None:
+    student = {"miou": 0.25, "iou/road": 0.5, "iou/sky": 0.0}
+    table = scored_classes(student, {"miou": 0.5, "iou/road": 1.0})
+    assert table.columns == ("class", "IoU (%)", "teacher's IoU (%)")
+    assert table.rows == [("road", "50.0", "100.0"), ("sky", "0.0", "–")]
+    assert scored_classes(student, {}).columns == ("class", "IoU (%)")
+    assert not scored_classes({"top1": 1.0}, {}).rows

@@ -32,7 +32,9 @@ def remark(text: str) -> None:
 
 def scores_text(scores: Any) -> str:
     """Return scores as lines."""
-    return "\n".join(f"{name:12}{value:.4f}" for name, value in scores.items())
+    shown = {name: value for name, value in scores.items() if "/" not in name}  # those of a class are on the page
+    width = max(12, *(len(name) + 2 for name in shown))
+    return "\n".join(f"{name:{width}}{value:.4f}" for name, value in shown.items())
 
 
 def finished(result: Any, as_json: bool) -> None:
@@ -79,7 +81,7 @@ def checked_text(found: Any) -> None:
     for source, pixels in found.inputs.items():
         screen.print(f"{source} takes {pixels}")
     if found.teacher is not None:
-        scores = ", ".join(f"{name} {value:.3f}" for name, value in found.teacher.items())
+        scores = ", ".join(f"{name} {value:.3f}" for name, value in found.teacher.items() if "/" not in name)
         screen.print(f"teacher on a few validation batches: {scores}")
     for heading, names in found.dry_run.remarks:
         screen.print(f"{heading}: {', '.join(names)}")

@@ -73,4 +73,23 @@ KNOWN = {
     "loss": ("loss", False, False),
     "perplexity": ("perplexity", False, False),
     "token_accuracy": ("token accuracy", True, True),
+    "miou": ("mean IoU", True, True),
+    "iou": ("IoU", True, True),
+    "pixel_accuracy": ("pixel accuracy", True, True),
+    "mean_accuracy": ("mean accuracy of a class", True, True),
+    "boundary_iou": ("boundary IoU", True, True),
+    "map": ("box mAP", True, True),
+    "map50": ("box AP at 0.5", True, True),
+    "map75": ("box AP at 0.75", True, True),
+    "map_small": ("box mAP, small", True, True),
+    "map_medium": ("box mAP, medium", True, True),
+    "map_large": ("box mAP, large", True, True),
+    "mask_map": ("mask mAP", True, True),
+    "mask_map50": ("mask AP at 0.5", True, True),
+    "mask_map75": ("mask AP at 0.75", True, True),
+    "mask_map_small": ("mask mAP, small", True, True),
+    "mask_map_medium": ("mask mAP, medium", True, True),
+    "mask_map_large": ("mask mAP, large", True, True),
 }
+#: Between the name of a score and the class that it is of, as in `iou/road`.
+OF = "/"

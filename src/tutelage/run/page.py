@@ -10,7 +10,7 @@ from tutelage.report.dry_run import DryRun
 from tutelage.report.environment import environment
 from tutelage.report.measure import Measures
 from tutelage.report.measure import table as cost_table
-from tutelage.report.metric import Metric
+from tutelage.report.metric import OF, Metric
 from tutelage.report.number import percent
 from tutelage.report.page import Page, write
 from tutelage.report.plot import Dot, curves, differences, loss_parts, scores, styles, trade
@@ -68,12 +68,32 @@ def run_tables(result: Mapping[str, Any]) -> tuple[Table, ...]:
             *([Metric.of(key).show(teacher[key]) if key in teacher else None] if teacher else []),
         )
         for key, value in scores.items()
+        if OF not in key
     ]
     heads = ("score", "student", *(["teacher"] if teacher else []))
     title = "Scores after the last step"
     classes = class_table(result["classes"])
     cost = cost_table({"student": Measures(**result["measures"])})
-    return tuple(table for table in (Table(heads, rows, title=title), classes, cost) if table.rows)
+    tables = (Table(heads, rows, title=title), classes, scored_classes(scores, teacher or {}), cost)
+    return tuple(table for table in tables if table.rows)
+
+
+def scored_classes(scores: Mapping[str, float], teacher: Mapping[str, float]) -> Table:
+    """Return the scores that are of one class each, `iou/road`, of student and teacher.
+
+    Args:
+        scores: of the student.
+        teacher: of the teacher, or nothing.
+    """
+    kinds = tuple(dict.fromkeys(key.partition(OF)[0] for key in scores if OF in key))
+    names = tuple(dict.fromkeys(key.partition(OF)[2] for key in scores if OF in key))
+    sides = (("", scores), ("teacher's ", teacher)) if teacher else (("", scores),)
+    heads = tuple(f"{side}{Metric.of(kind).head}" for kind in kinds for side, _ in sides)
+    rows = [
+        (name, *(Metric.of(kind).show(found.get(f"{kind}{OF}{name}")) for kind in kinds for _, found in sides))
+        for name in names
+    ]
+    return Table(("class", *heads), rows, title="Class by class")
 
 
 def class_table(classes: Mapping[str, Sequence[int]]) -> Table:
