@@ -175,6 +175,19 @@ def test_layouts_are_recorded_as_one(tap: Tap, shape: tuple[int, ...], expected:
     assert recorded(nn.Sequential(nn.Identity()), tap, torch.zeros(shape)).shape == expected
 
 
+def test_the_first_tensor_of_nested_lists_is_meant() -> None:
+    class Nested(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part = nn.Identity()
+
+        def forward(self, given: Tensor) -> Any:
+            return self.part([None, [given, given + 1]])
+
+    for side in ("input", "output"):
+        assert torch.equal(recorded(Nested(), Tap("part", side), torch.ones(2)), torch.ones(2))
+
+
 def test_tokens_fill_their_grid_row_by_row() -> None:
     tokens = torch.arange(7.0).view(1, 7, 1)
     found = recorded(nn.Sequential(nn.Identity()), Tap("0", layout="grid", prefix=1, grid=(2, 3)), tokens)

@@ -139,7 +139,7 @@ def _pick(value: Any, key: int | str | None) -> Any:
         value = tuple(value.values())
     if isinstance(value, (tuple, list)):
         if key is None:
-            return next((part for part in value if isinstance(part, Tensor)), None)
+            return next((found for part in value if isinstance(found := _pick(part, None), Tensor)), None)
         return value[key] if isinstance(key, int) and -len(value) <= key < len(value) else None
     return value if key is None else None
 
