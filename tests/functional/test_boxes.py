@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.ops import box_iou
 
 from oracles import fgd as oracle
-from tutelage.functional.boxes import coverage
+from tutelage.functional.boxes import coverage, iou_of
 
 SIZES = torch.tensor([[48, 64], [40, 64], [48, 51]])
 
@@ -55,3 +56,12 @@ def test_it_compiles_whole() -> None:
     torch._dynamo.reset()
     fast = torch.compile(coverage, fullgraph=True, backend="aot_eager")
     assert torch.equal(fast(boxes, image, SIZES, (6, 8)), coverage(boxes, image, SIZES, (6, 8)))
+
+
+def test_overlaps_place_by_place_and_pair_by_pair() -> None:
+    low = torch.rand(2, 4, 2, generator=torch.Generator().manual_seed(0)).double()
+    one, other = torch.cat([low, low + 0.5], dim=2)
+    pairs = iou_of(one[:, None], other[None])
+    torch.testing.assert_close(pairs, box_iou(one, other))
+    torch.testing.assert_close(iou_of(one, other), pairs.diagonal())
+    assert iou_of(torch.zeros(1, 4), torch.zeros(1, 4)) == 0

@@ -52,7 +52,7 @@ def iou_of(one: Tensor, other: Tensor) -> Tensor:
 
     Args:
         one: `[..., 4]`.
-        other: of the same shape.
+        other: of the same shape, or one that fits it by broadcasting.
 
     Returns:
         `[...]`.

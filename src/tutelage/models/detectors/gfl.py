@@ -79,6 +79,11 @@ class Answers:
 
     def detections(self) -> list[dict[str, Tensor]]:
         """Return what was found in each image, best first, in the pixels of the batch."""
+        boxes, scores, labels = self.candidates_of()
+        return apart(boxes, scores, labels, iou=self.iou, most=self.most)
+
+    def candidates_of(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the best boxes `[B, N, 4]`, scores and labels `[B, N]` of all levels, overlaps among them."""
         found: list[tuple[Tensor, Tensor, Tensor]] = []
         start = 0
         for count in self.counts:
@@ -90,7 +95,7 @@ class Answers:
             found.append((clipped(boxes, self.image_size), scores, labels))
             start += count
         boxes, scores, labels = (torch.cat(rows, dim=1) for rows in zip(*found, strict=True))
-        return apart(boxes, scores, labels, iou=self.iou, most=self.most)
+        return boxes, scores, labels
 
 
 def _boxes(edges: Tensor, anchors: Tensor, strides: Tensor) -> Tensor:

@@ -64,13 +64,13 @@ def small(module: M, deviation: float = 0.01) -> M:
     return module
 
 
-def rarely(layer: nn.Conv2d, probability: float = 0.01) -> nn.Conv2d:
+def rarely(layer: M, probability: float = 0.01) -> M:
     """Let a layer of class logits begin with everything improbable, and return it.
 
     Reference: Lin et al., Focal Loss for Dense Object Detection, ICCV 2017, section 3.3.
     """
-    assert layer.bias is not None
-    nn.init.constant_(layer.bias, -math.log((1 - probability) / probability))
+    bias = layer.get_parameter("bias")
+    nn.init.constant_(bias, -math.log((1 - probability) / probability))
     return layer
 
 
