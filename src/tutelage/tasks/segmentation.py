@@ -39,8 +39,9 @@ def cross_entropy(
         tensor(0.6931)
     """
     known = target.where(labelled, IGNORED)
+    factors = None if weight is None else weight.to(logits.dtype)
     total = F.cross_entropy(
-        logits, known, weight=weight, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+        logits, known, weight=factors, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
     )
     return total / labelled.sum().clamp(min=1)
 
