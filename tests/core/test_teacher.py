@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,8 +7,10 @@ import torch
 from torch import nn
 
 from core.networks import CLASSES, Small, images, small_batch
-from tutelage.core import Live, Model, Signals, Tap, Teacher
+from tutelage.core import Distiller, Live, Model, Objective, Shared, Signals, Tap, Teacher
 from tutelage.core.error import UserError
+from tutelage.methods.features.fitnet import FitNet
+from tutelage.methods.logits.kd import KD
 from tutelage.tasks.classification import Classification
 
 TASK = Classification(CLASSES)
@@ -128,11 +131,72 @@ def test_a_teacher_of_one_s_own_needs_two_methods() -> None:
         def observe(self, batch: Any) -> Signals:
             return Signals(None, {"logits": torch.zeros(len(batch), CLASSES)})
 
-    from tutelage.core import Distiller, Objective
-    from tutelage.methods.logits.kd import KD
-
     distiller = Distiller(Small(), Objective(kd=KD()), task=TASK, teacher=Constant(), sample=small_batch())
     losses = distiller(small_batch(), distiller.observe(small_batch()))
     losses.total.backward()
     distiller.after_step(losses)
     distiller.close()
+
+
+# --- one teacher of several Distillers ---------------------------------------------------------------------
+
+
+def both(teacher: Live) -> tuple[Distiller, Distiller, Shared]:
+    """Two Distillers that read different things of one teacher."""
+    shared = Shared(teacher)
+    terms = (KD(), FitNet(student_tap="mix", teacher_tap="map"))
+    one, other = (
+        Distiller(Small(), Objective(term=term), task=TASK, teacher=Shared(shared), sample=small_batch())
+        for term in terms
+    )
+    return one, other, shared
+
+
+def test_a_shared_teacher_answers_a_batch_once_and_each_with_what_it_reads() -> None:
+    teacher, network = live()
+    one, other, shared = both(teacher)
+    calls: list[int] = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    batch = small_batch()
+    for _ in range(2):
+        assert set(one.observe(batch)["teacher"].taps) == {"logits"}
+        assert set(other.observe(batch)["teacher"].taps) == {"logits", "map"}
+    assert len(calls) == 1
+    assert one.observe(batch.to("cpu"))["teacher"].output is other.observe(batch)["teacher"].output
+    again = small_batch()
+    torch.testing.assert_close(one.observe(again)["teacher"].logits, one.observe(batch)["teacher"].logits)
+    assert len(calls) == 2  # equal pixels in another tensor: nothing is compared
+    assert shared.model is teacher.model
+    assert shared.networks() == (network,)
+
+
+def test_one_that_is_done_leaves_the_shared_teacher_to_the_others() -> None:
+    teacher, network = live()
+    one, other, _ = both(teacher)
+    one.close()
+    batch = small_batch()
+    torch.testing.assert_close(other.observe(batch)["teacher"]["map"], network.body(batch.inputs))
+    losses = other(batch, other.observe(batch))
+    losses.total.backward()
+    other.close()
+    teacher.close()
+    assert not network.mix._forward_hooks
+
+
+def test_views_of_a_batch_are_answered_apart() -> None:
+    teacher, network = live()
+    one, _, _ = both(teacher)
+    batch = replace(small_batch(), views={"strong": images() + 1})
+    calls: list[int] = []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    reader = next(iter(one.teachers.values()))
+    for _ in range(3):
+        plain, strong = reader.observe(batch), reader.observe(batch.seen_as("strong"))
+    assert len(calls) == 2
+    assert not torch.equal(plain.logits, strong.logits)
+
+
+@pytest.mark.parametrize("mode", ["batch_statistics", "train"])
+def test_a_teacher_that_changes_as_it_answers_is_not_shared(mode: Any) -> None:
+    with pytest.raises(UserError, match=f"a teacher in mode {mode} changes as it answers; one in mode eval"):
+        Shared(live(mode)[0])

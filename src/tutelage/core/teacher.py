@@ -146,7 +146,7 @@ class Shared(Teacher):
     def __init__(self, teacher: "Live | Shared") -> None:
         if isinstance(teacher, Live) and teacher.mode != "eval":
             raise UserError(f"a teacher in mode {teacher.mode} changes as it answers; one in mode eval can be shared")
-        self.common = teacher.common if isinstance(teacher, Shared) else _Common(teacher)
+        self.common: _Common = teacher.common if isinstance(teacher, Shared) else _Common(teacher)
         self.model: Model = self.common.teacher.model
         self.names: set[str] = set()
 
