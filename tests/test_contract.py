@@ -588,7 +588,7 @@ def card_well_formed(method: Method) -> None:
     assert set(card.labels) <= set(labels), f"labels: {card.labels}"
     assert card.reads, "reads: what of the student and the teacher?"
     for side, roles in card.reads.items():
-        assert side in ("student", "teacher", "borrows"), f"reads {side!r}"
+        assert side in ("student", "teacher", "borrows", "rebuild"), f"reads {side!r}"
         assert roles, f"reads no role of {side!r}"
         assert all(is_role(role) for role in roles), f"reads an unknown role: {roles}"
     assert (method.case.teacher is None) == (not card.needs_teacher), "case() and card differ on a teacher"

@@ -3,6 +3,7 @@
 
 import ast
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -13,6 +14,8 @@ import typer
 from tutelage.cli._show import Json, document
 from tutelage.core.card import Card, Entry
 
+SIDES = ("student", "teacher")
+
 
 def methods(
     stem: Annotated[str | None, typer.Argument(help="One method, in full.")] = None,
@@ -20,17 +23,19 @@ def methods(
 ) -> None:
     """List the methods, or show one."""
     from tutelage import methods as catalogue
+    from tutelage.run.suits import suited
 
     if stem is not None:
         entry, home = catalogue.entry(stem), Path(catalogue.__file__).parent
         if as_json:
-            document({**plain(entry), "objective": entry.objective, "options": options(entry, home)})
+            more = {"objective": entry.objective, "options": options(entry, home)}
+            document({**plain(entry), "tasks": suited(entry), **more})
         else:
-            print(described(entry, options(entry, home)))
+            print(described(entry, suited(entry), options(entry, home)))
         return
     found = sorted(catalogue.catalogue().values(), key=lambda entry: (entry.family, entry.stem))
     if as_json:
-        document([plain(entry) for entry in found])
+        document([{**plain(entry), "tasks": suited(entry)} for entry in found])
         return
     width = max(len(entry.stem) for entry in found)
     for family, entries in groupby(found, key=lambda entry: entry.family):
@@ -38,6 +43,7 @@ def methods(
         for entry in entries:
             teacher = "" if catalogue.needs_teacher(entry.stem) else "  (no teacher)"
             print(f"  {entry.stem:{width}}  {entry.card.title} ({published(entry.card)}){teacher}")
+            print(f"  {'':{width}}  {listed(suited(entry))}; reads {signals(entry.card)}")
         print()
     print(f"{len(found)} methods. `tutelage methods STEM` shows one, `tutelage demo STEM` tries it.")
 
@@ -52,6 +58,19 @@ def published(card: Card) -> str:
     return card.venue if card.venue[-4:].isdigit() else f"{card.venue} {card.year}"
 
 
+def listed(tasks: Sequence[str]) -> str:
+    """Return the tasks of a method in words."""
+    return ", ".join(tasks) or "no task of this version"
+
+
+def signals(card: Card) -> str:
+    """Return what a method reads, once where it is the same of student and teacher."""
+    sides = {side: ", ".join(roles) for side, roles in card.reads.items() if roles}
+    if sides.get("student") == sides.get("teacher"):
+        sides = {"": sides["student"], **{side: roles for side, roles in sides.items() if side not in SIDES}}
+    return "; ".join(f"{side}: {roles}" if side else roles for side, roles in sides.items())
+
+
 def options(entry: Entry, home: Path) -> dict[str, str]:
     """Return a term's options with their defaults as they are written in its file."""
     text = (home / entry.family / f"{entry.stem}.py").read_text(encoding="utf-8")
@@ -64,12 +83,13 @@ def options(entry: Entry, home: Path) -> dict[str, str]:
     return {}
 
 
-def described(entry: Entry, options: dict[str, str]) -> str:
+def described(entry: Entry, tasks: Sequence[str], options: dict[str, str]) -> str:
     """Return a method as text for people."""
     card = entry.card
     rows = {
         "family": entry.family,
-        "reads": "; ".join(f"{side}: {', '.join(roles)}" for side, roles in card.reads.items()),
+        "tasks": listed(tasks),
+        "reads": signals(card),
         "labels": ", ".join(card.labels),
         "averages over": card.averages,
         "batch": card.batch,

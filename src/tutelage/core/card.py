@@ -24,7 +24,8 @@ class Card:
         code: official code at a commit, `github:owner/name@commit`, or None.
         code_licence: licence of that code, or None.
         claims: what the paper says the method improves, in one sentence.
-        reads: roles read from `student` and `teacher`, and teacher modules lent (`borrows`).
+        reads: roles read from `student` and `teacher`, teacher modules lent (`borrows`), and those that a rebuilt
+            student takes over (`rebuild`).
         labels: kinds of target the term understands; `none` when it reads no target.
         averages: what the returned mean runs over.
         batch: `independent` if the mean of two half batches equals the whole, else `coupled`.
