@@ -18,7 +18,7 @@ from tutelage.core.objective import Losses, Objective
 from tutelage.core.reader import Reader
 from tutelage.core.signals import Signals
 from tutelage.core.tap import Tap
-from tutelage.core.task import Task
+from tutelage.core.task import Task, answer
 from tutelage.core.teacher import Live, Teacher
 from tutelage.core.term import Draw
 
@@ -421,7 +421,7 @@ class Distiller(nn.Module):
     def answer(self, batch: Batch) -> Any:
         """Return the first student's output, without gradient: evaluation goes through the Distiller."""
         with torch.no_grad():
-            return self.task.call(next(iter(self.models.values())), batch)
+            return answer(self.task, next(iter(self.models.values())), batch)
 
     def compile(self, **options: Any) -> None:
         """Compile the students' forwards and the terms, each as a frame of its own."""

@@ -38,3 +38,12 @@ class Task(Protocol):
 
     def score(self, answers: Iterable[tuple[Any, Batch]]) -> dict[str, float]:
         """Return scores over a data set, from outputs and batches."""
+
+
+def answer(task: Task, model: Model, batch: Batch) -> Any:
+    """Return a model's output as it is scored and shown: from the task's own `answer`, where it has one.
+
+    Such a task may see an image in windows or several times, which a step of training does not.
+    """
+    own = getattr(task, "answer", None)
+    return own(model, batch) if callable(own) else task.call(model, batch)

@@ -12,6 +12,7 @@ import torch
 
 from tutelage.core import Batch, Distiller, InputSpec, Task, ranks
 from tutelage.core.error import UserError
+from tutelage.core.task import answer
 from tutelage.report.dry_run import DryRun
 from tutelage.report.measure import evaluating
 from tutelage.report.number import fixed, percent
@@ -190,7 +191,7 @@ def _probe(made: Assembled) -> dict[str, float] | None:
     def answers() -> Iterator[tuple[Any, Batch]]:
         for batch in islice(made.data.validation.epoch(0), PROBED):
             moved = batch.to(made.runtime.device)
-            yield made.task.call(model, moved), moved
+            yield answer(made.task, model, moved), moved
 
     with evaluating(model.module):
         return made.task.score(answers())

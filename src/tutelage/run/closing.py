@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core import Batch
+from tutelage.core.task import answer as answered
 from tutelage.report.measure import evaluating
 from tutelage.run.assemble import Assembled
 from tutelage.tasks.classification import Classification, agreement, by_class
@@ -50,7 +51,7 @@ def closing(made: Assembled) -> Closing:
     if teacher is not None and teacher.model is not None:
         model = teacher.model
         with evaluating(model.module):
-            scores = task.score(answers("teacher", lambda batch: task.call(model, batch)))
+            scores = task.score(answers("teacher", lambda batch: answered(task, model, batch)))
     if not isinstance(task, Classification):
         return Closing(scores)
     targets.clear()

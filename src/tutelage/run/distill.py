@@ -12,6 +12,7 @@ import torch
 from tutelage.core import Batch, Distiller, Model, Task
 from tutelage.core.error import UserError
 from tutelage.core.schedule import Span
+from tutelage.core.task import answer as answered
 from tutelage.data.load import Splits
 from tutelage.data.loader import Loader
 from tutelage.models import weights
@@ -68,7 +69,7 @@ def score(distiller_or_model: Distiller | Model, task: Task, loader: Loader, dev
 
         def answer(batch: Batch) -> Any:
             with torch.no_grad():
-                return task.call(distiller_or_model, batch)
+                return answered(task, distiller_or_model, batch)
 
     module.eval()
 

@@ -18,7 +18,7 @@ from tutelage.core import Batch
 from tutelage.core.error import UserError
 from tutelage.core.picture import Depicting, Picture
 from tutelage.core.storage import write_text, write_whole
-from tutelage.core.task import DENSE
+from tutelage.core.task import DENSE, answer
 from tutelage.data.load import Spec
 from tutelage.data.loader import Loader
 from tutelage.data.samples import Dense
@@ -57,7 +57,7 @@ def depict(made: Assembled, home: Path, when: str) -> None:
         teacher = made.distiller.teachers.get("teacher")
         if teacher is not None and teacher.model is not None:
             model = teacher.model
-            sources["teacher"] = lambda batch: task.pictures(task.call(model, batch), batch)
+            sources["teacher"] = lambda batch: task.pictures(answer(task, model, batch), batch)
     sources[when] = lambda batch: task.pictures(made.distiller.answer(batch), batch)
     networks = [made.distiller.student, *(n for one in made.distiller.teachers.values() for n in one.networks())]
     with evaluating(nn.ModuleList(networks)):
@@ -213,4 +213,4 @@ def _answers(task: Depicting, model: Any, loader: Loader, device: torch.device) 
             continue  # the one file of this batch cannot be read, which the loader remembers
         if batch is not None:
             moved = batch.to(device)
-            yield from zip(batch.index.tolist(), task.pictures(task.call(model, moved), moved), strict=True)
+            yield from zip(batch.index.tolist(), task.pictures(answer(task, model, moved), moved), strict=True)
