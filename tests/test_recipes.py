@@ -2,6 +2,7 @@
 """Every recipe that comes with the package: it reads, resolves and builds; what it compares takes two steps."""
 
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,22 @@ import yaml
 
 from tutelage import methods
 from tutelage.core import Batch, Distiller, Facts, Live, Model
+from tutelage.core.task import DENSE
 from tutelage.data.load import EMBEDDED
+from tutelage.models.inherit import module_at
 from tutelage.models.load import load as load_model
-from tutelage.run.assemble import assemble, task_of
+from tutelage.run.assemble import task_of
 from tutelage.run.compare import arms_of
 from tutelage.run.distill import teacher_recipe
 from tutelage.run.objective import build, feeders_of, rebuilds_of
-from tutelage.run.recipe import SHIPPED, load, parse, read_yaml, shipped
+from tutelage.run.recipe import SHIPPED, Recipe, load, parse, read_yaml, shipped
+from tutelage.run.stages import assembled, recipes_of
 from tutelage.train.log import Log
 
 NAMES = tuple(shipped())
 DEMOS = tuple(name for name in NAMES if load(name).compare is not None)
+#: What a model of a dense task must know besides.
+GEOMETRY: dict[str, dict[str, Any]] = {"detection": {}, "segmentation": {}, "pose": {"num_keypoints": 133}}
 #: Classes, channels and side of the images, by kind of data.
 IMAGES = {"cifar10": (10, 3, 32), "cifar100": (100, 3, 32), "folder": (1000, 3, 224)}
 
@@ -40,7 +46,8 @@ def test_every_method_that_has_a_folder_has_a_demo_of_itself() -> None:
         assert found is not None
         arms = [
             set(objective) | {str(v.get("method")) for v in objective.values() if isinstance(v, dict)}
-            for objective in found.arms.values()
+            for arm in found.arms.values()
+            for objective in ([stage.get("objective", {}) for stage in arm["stages"]] if "stages" in arm else [arm])
         ]
         assert next(iter(found.arms)) == "alone"
         assert any(stem in labels for labels in arms), stem
@@ -75,16 +82,59 @@ def built(spec: tuple[tuple[str, Any], ...], classes: int, channels: int, side: 
         return load_model(dict(spec), **options)
 
 
+def unfitted(recipe: Recipe) -> Recipe:
+    """Return a recipe whose teacher is taken as it is."""
+    teacher = recipe.teacher.model_copy(update={"fit": None}) if recipe.teacher else None
+    return recipe.model_copy(update={"teacher": teacher})
+
+
+def embedded(recipe: Recipe) -> bool:
+    """Whether the data itself is at hand."""
+    kind, task = recipe.data.source.partition(":")[0], recipe.task.name
+    return kind in (import_module(f"tutelage.data.{task}").EMBEDDED if task in DENSE else EMBEDDED)
+
+
+def meets_densely(recipe: Recipe) -> None:
+    """Require of a recipe of a dense task that its models have what its methods read, take over and freeze."""
+    task = recipe.task.name
+    facts: dict[str, Any] = {"num_classes": 19, "in_channels": 3, "task": task, "geometry": GEOMETRY[task]}
+    size = recipe.data.image_size
+    facts["image_size"] = (size, size) if isinstance(size, int) else size
+    before: Model | None = None
+    for one in recipes_of(recipe).values():
+        with torch.device("meta"):
+            student = load_model({"model": one.student.model, **one.student.options}, **facts)
+            teacher = before
+            if one.teacher is not None and one.teacher.model != "previous":
+                teacher = load_model({"model": one.teacher.model, **one.teacher.options}, **facts)
+        for entry in build(one.objective).entries.values():
+            for model, taps in ((student, entry.term.reads.student), (teacher, entry.term.reads.teacher)):
+                for tap in taps:
+                    assert model is not None
+                    assert tap.where == "logits" or all(model.resolve(found) for found in model.expand(tap))
+        sources = {"teacher": teacher, "previous": before}
+        for place, where in one.inherit.items():
+            source, _, path = where.partition(".")
+            lender = sources[source]
+            assert lender is not None
+            module_at(student.module, place, name := f"{source}.{path}")
+            module_at(lender.module, path, name)
+        for place in one.freeze:
+            module_at(student.module, place, place)
+        before = student
+
+
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in DEMOS])
 def test_its_models_meet_its_objective(name: str) -> None:
     recipe = load(name)
-    kind = recipe.data.source.partition(":")[0]
-    if kind in EMBEDDED:  # the data itself is at hand
-        teacher = recipe.teacher.model_copy(update={"fit": None}) if recipe.teacher else None
-        made = assemble(recipe.model_copy(update={"teacher": teacher}))
-        assert made.distiller.param_groups()
-        made.distiller.close()
+    if embedded(recipe):
+        for _, made in assembled(unfitted(recipe)):
+            assert made.distiller.param_groups()
         return
+    if recipe.task.name in DENSE:
+        meets_densely(recipe)
+        return
+    kind = recipe.data.source.partition(":")[0]
     classes, channels, side = IMAGES[kind]
     if isinstance(recipe.data.image_size, int):
         side = recipe.data.image_size
@@ -123,15 +173,14 @@ def test_its_arms_take_two_steps(name: str) -> None:
         if one.objective == {"task": 1.0} and name != "tour":  # the same in all of them
             parts.append({"task"})
             continue
-        teacher = one.teacher.model_copy(update={"fit": None}) if one.teacher else None
-        made = assemble(one.model_copy(update={"teacher": teacher}))
-        loop = made.loop(Log(None, quiet=True))
-        loop.begin()
-        steps = loop._steps()
-        losses = [loss for _ in range(2) for loss in loop.step(next(steps))]
-        assert all(bool(loss.total.isfinite()) for loss in losses), arm
-        parts.append(set(losses[0].parts))
-        made.distiller.close()
+        for stage, (_, made) in enumerate(assembled(unfitted(one))):
+            loop = made.loop(Log(None, quiet=True))
+            loop.begin()
+            steps = loop._steps()
+            losses = [loss for _ in range(2) for loss in loop.step(next(steps))]
+            assert all(bool(loss.total.isfinite()) for loss in losses), arm
+            if not stage:
+                parts.append(set(losses[0].parts))
     assert parts[0] == {"task"}
     assert all(one != parts[0] for one in parts[1:])
 
