@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors by name: those of `detectors/`, torchvision's with their published weights, transformers', anyone's."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
@@ -201,7 +202,9 @@ def fit(
         UserError: if weights do not fit, or know no class of some name.
     """
     rows = _of(module, "by_class")
-    own, known = module.state_dict(), dict(state)
+    own = module.state_dict()
+    state = _renamed(state, own)
+    known = dict(state)
     other = [key for key in rows if key in state and state[key].shape != own[key].shape]
     whole = [
         key for key, (groups, numbers) in rows.items() if _length(state, key) == groups * len(categories) * numbers
@@ -227,6 +230,29 @@ def fit(
             "`head: fresh` keeps the rest and starts what answers for classes anew"
         )
     weights.fit(module, known, source)
+
+
+#: Names of torchvision's first versions, and what they are called since.
+OLD = {
+    r"(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)": r"\1.0.\2",
+    r"rpn\.head\.conv\.(weight|bias)": r"rpn.head.conv.0.0.\1",
+}
+
+
+def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under today's names, where a file has the names of an earlier version."""
+    found = {}
+    for key, value in state.items():
+        name = key
+        if key not in own:
+            for old, new in OLD.items():
+                name = re.sub(old, new, name)
+            name = re.sub(r"mask_fcn(\d)\.", lambda m: f"{int(m[1]) - 1}.0.", name)
+        found[name] = value
+    tower = re.compile(r"(head\.(?:classification|regression)_head\.conv)\.(\d+)\.(weight|bias)")
+    if any(key not in own and tower.fullmatch(key) for key in found):  # every other layer was an activation
+        found = {tower.sub(lambda m: f"{m[1]}.{int(m[2]) // 2}.0.{m[3]}", key): value for key, value in found.items()}
+    return found
 
 
 def _length(state: Mapping[str, Tensor], key: str) -> int:

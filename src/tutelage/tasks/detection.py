@@ -89,8 +89,8 @@ class Found:
         drawn: Tensor = image
         if self.masks is not None:
             drawn = draw_segmentation_masks(drawn, self.masks[seen], alpha=0.5, colors=colors)
-        drawn = draw_bounding_boxes(drawn, self.boxes[seen], words, colors, width=max(1, min(image.shape[1:]) // 200))
-        return drawn
+        width = max(1, min(image.shape[1:]) // 200)
+        return torch.as_tensor(draw_bounding_boxes(drawn, self.boxes[seen], words, colors, width=width))
 
     def _name(self, label: int) -> str:
         return self.class_names[label] if label < len(self.class_names) else str(label)

@@ -66,27 +66,34 @@ def overlap(boxes: Padded, anchors: Tensor) -> Tensor:
     return flat.where(boxes.valid[..., None], -1.0)
 
 
-def matched(iou: Tensor, high: float, low: float, *, forced: bool = True) -> Tensor:
+def matched(iou: Tensor, high: float, low: float, *, own: bool = False) -> Tensor:
     """Return which box each anchor learns: -1 for the background, -2 for neither.
 
-    An anchor learns the box with which it overlaps most, if by `high` at least; below `low` it is background.
-    Where `forced`, the anchors that overlap most with a box learn what they overlap most with, however little.
+    An anchor learns the box with which it overlaps most, if by `high` at least; below `low` it is background. The
+    anchors that overlap most with a box learn, however little that is, what they overlap most with; with `own` the
+    first of them learns that very box.
 
     Args:
         iou: `[B, N, A]`, negative in rows without a box.
         high: IoU from which an anchor learns a box.
         low: IoU below which it is background.
-        forced: see above.
+        own: see above.
 
     Returns:
         `[B, A]` int64.
     """
     best, which = iou.max(dim=1)
     found = which.where(best >= high, -2).where(best >= low, -1)
-    if forced:
-        most = iou.amax(dim=2, keepdim=True)
-        found = which.where(((iou == most) & (most > 0)).any(dim=1), found)
-    return found
+    if own:
+        most, place = iou.max(dim=2)
+        anchors = iou.shape[2]
+        number = torch.arange(iou.shape[1], device=iou.device).expand_as(place)
+        place = place.where(most >= 0, anchors)  # rows without a box fall behind the last anchor
+        forced = torch.full_like(found[:, :1], -1).expand(-1, anchors + 1)
+        forced = forced.scatter_reduce(1, place, number, "amax")[:, :anchors]
+        return forced.where(forced >= 0, found)
+    most = iou.amax(dim=2, keepdim=True)
+    return which.where(((iou == most) & (most > 0)).any(dim=1), found)
 
 
 def one_hot(labels: Tensor, learns: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
@@ -169,6 +176,11 @@ def top(scores: Tensor, count: int, threshold: float) -> tuple[Tensor, Tensor, T
     classes = scores.shape[2]
     best, place = scores.flatten(1).topk(min(count, scores.shape[1] * classes), dim=1)
     return best.where(best > threshold, 0.0), place // classes, place % classes
+
+
+def picked(values: Tensor, place: Tensor) -> Tensor:
+    """Return the rows `[B, N, D]` of values `[B, A, D]` at positions `[B, N]`."""
+    return values.gather(1, place[..., None].expand(-1, -1, values.shape[2]))
 
 
 def apart(

@@ -19,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from tutelage.core import Tap
 from tutelage.core.error import UserError, nearest
+from tutelage.models.detectors.towers import Norm, normalization
 
 #: What follows the levels of the pyramid: two strided convolutions (on its last map, or on the backbone's), one
 #: subsampling, or nothing.
@@ -126,7 +127,7 @@ class Pyramid(nn.Module):
         width: channels of every map of the pyramid.
         levels: strides of the backbone's maps that the pyramid takes.
         extra: what follows the last of them; see `Extra`.
-        norm: `batch` puts a batch norm behind the pyramid's convolutions.
+        norm: `batch` or `group`: what normalises behind the pyramid's convolutions; nothing by default.
         pretrained: with the library's own weights of the backbone.
         frozen_norm: batch norms of the backbone are constants: neither statistics nor scales move.
         norm_eps: added to the variances in the backbone's batch norms; their own where None.
@@ -154,7 +155,7 @@ class Pyramid(nn.Module):
         width: int = 256,
         levels: Sequence[int] = (8, 16, 32),
         extra: Extra = "p6p7",
-        norm: Literal["batch"] | None = None,
+        norm: Norm | None = None,
         pretrained: bool = False,
         frozen_norm: bool = False,
         frozen_stages: int = 0,
@@ -179,7 +180,7 @@ class Pyramid(nn.Module):
             more.use_P5 = extra == "p6p7"
         elif count == 1:
             more = LastLevelMaxPool()
-        layer = nn.BatchNorm2d if norm == "batch" else None
+        layer = normalization(norm or "none", "norm")
         self.fpn = FeaturePyramidNetwork(taken, width, more, layer)
         self.strides = (*levels, *(levels[-1] * 2**step for step in range(1, count + 1)))
         # taps stand on identities: some maps are made by no module of their own

@@ -32,6 +32,7 @@ from tutelage.models.detectors.dense import (
     matched,
     one_hot,
     overlap,
+    picked,
     top,
 )
 from tutelage.models.detectors.pyramid import Pyramid
@@ -98,8 +99,8 @@ class Answers:
             scores, place, labels = top(
                 self.logits[:, start : start + count].float().sigmoid(), self.candidates, self.threshold
             )
-            codes = self.codes[:, start : start + count].float().gather(1, place[..., None].expand(-1, -1, 4))
-            boxes = decode(codes, self.anchors[start : start + count][place])
+            codes = self.codes[:, start : start + count].float()
+            boxes = decode(picked(codes, place), self.anchors[start : start + count][place])
             found.append((clipped(boxes, self.image_size), scores, labels))
             start += count
         boxes, scores, labels = (torch.cat(rows, dim=1) for rows in zip(*found, strict=True))

@@ -1,0 +1,16 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mask R-CNN: Faster R-CNN that tells a mask for each box.
+
+Reference: He et al., Mask R-CNN, ICCV 2017.
+"""
+
+from functools import partial
+
+from tutelage.models.detectors.faster_rcnn import FIRST, SECOND, FasterRCNN
+
+ARCHITECTURES = {"mask_rcnn": partial(FasterRCNN, masks=True)}
+#: Detectors of torchvision that this is, with their options.
+PUBLISHED = {
+    "maskrcnn_resnet50_fpn": {"detector": "mask_rcnn", **FIRST},
+    "maskrcnn_resnet50_fpn_v2": {"detector": "mask_rcnn", **SECOND},
+}
