@@ -17,14 +17,18 @@ GROUPS = 32
 M = TypeVar("M", bound=nn.Module)
 
 
-def normalization(norm: Norm) -> Callable[[int], nn.Module] | None:
+def normalization(norm: Norm, option: str = "head_norm") -> Callable[[int], nn.Module] | None:
     """Return the maker of a normalisation of so many channels, or None.
+
+    Args:
+        norm: which.
+        option: its name, for the message.
 
     Raises:
         UserError: on an unknown word.
     """
     if norm not in get_args(Norm):
-        raise UserError(f"head_norm {norm!r} is not known{nearest(str(norm), get_args(Norm))}")
+        raise UserError(f"{option} {norm!r} is not known{nearest(str(norm), get_args(Norm))}")
     if norm == "group":
         return lambda width: nn.GroupNorm(math.gcd(GROUPS, width), width)
     return nn.BatchNorm2d if norm == "batch" else None
