@@ -31,6 +31,7 @@ RADIUS = 2.5  # of the middle of a box, in strides
 NEAREST = 10  # overlaps that say how many positions learn a box
 OUTSIDE = 1e5  # cost of a position off a box or off its middle
 LEAST_LOG = -100.0
+FILL = 114.0  # grey of the padding, where pixels are those of the published weights
 WEIGHTS = {"boxes": 5.0, "overlap": 3.0}  # of the loss; of overlap in the cost
 #: depth and width of the published sizes
 SIZES = {
@@ -410,7 +411,9 @@ class YOLOX(nn.Module):
             raise UserError(f"depth is > 0 and width at least 1/32, not {depth} and {width}")
         wide: type[nn.Module] = DWConv if depthwise else BaseConv
         self.num_classes = num_classes
+        self.fill = 0.0
         if published_pixels:
+            self.fill = FILL
             self.pixels = InputSpec(mean=(0.0,) * 3, std=(1 / 255,) * 3, bgr=True)
         self.backbone = PAFPN(depth, width, wide)
         self.head = Head(num_classes, self.backbone.widths, int(256 * width), wide)
@@ -425,9 +428,10 @@ class YOLOX(nn.Module):
         """
         size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
         if image_size is not None:
-            pixels = blacked(pixels, image_size)
+            inside = blacked(torch.ones_like(pixels[:, :1]), image_size) > 0
+            pixels = pixels.where(inside, self.fill)
         height, width = pixels.shape[-2:]
-        pixels = F.pad(pixels, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]))
+        pixels = F.pad(pixels, (0, -width % STRIDES[-1], 0, -height % STRIDES[-1]), value=self.fill)
         scores, boxes, objects = self.head(self.backbone(pixels))
         places, strides = [], []
         for one, stride in zip(scores, STRIDES, strict=True):
