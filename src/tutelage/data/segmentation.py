@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, final
+from typing import TYPE_CHECKING, Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from tutelage.core import Batch
 from tutelage.core.batch import Frame
 from tutelage.core.error import UserError, nearest
 from tutelage.data import masks
+from tutelage.data.annotations import Troubles
 from tutelage.data.augment import pair
 from tutelage.data.folder import read_image
 from tutelage.data.masks import IGNORED, Codes, Pair
@@ -46,9 +47,10 @@ class Options:
         first: number of the first class in the masks; smaller numbers are ignored (1 for ADE20K).
         images: name of the image folder, where the layout is none that is known.
         masks: name of the mask folder.
-        number: of `scenes`, to learn from.
-        held_out: of `scenes`, to validate on.
-        size: of `scenes`, pixels of a square or (height, width).
+        multiple: padded sides are a multiple of so many pixels.
+        scenes: numbers of scenes to train and to validate on, for the source `scenes`.
+        side: pixels of a scene.
+        scene_seed: of the scenes; apart from any run's.
     """
 
     classes: Any = None
@@ -57,9 +59,10 @@ class Options:
     first: int = 0
     images: str | None = None
     masks: str | None = None
-    number: int = 200
-    held_out: int = 100
-    size: int | tuple[int, int] = 96
+    multiple: int = 1
+    scenes: Sequence[int] = (400, 100)
+    side: int = 96
+    scene_seed: int = 0
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> "Options":
@@ -73,9 +76,10 @@ class Options:
             if word not in words:
                 raise UserError(f"data.segmentation.{word} is not known{nearest(str(word), words)}")
         options = cls(**(given or {}))
-        for word in ("number", "held_out"):
-            if not isinstance(getattr(options, word), int) or getattr(options, word) < 1:
-                raise UserError(f"data.segmentation.{word} counts scenes, at least 1, not {getattr(options, word)!r}")
+        if len(options.scenes) != 2:
+            raise UserError(f"data.segmentation.scenes is [to train on, to validate on], not {options.scenes}")
+        if options.multiple < 1:
+            raise UserError(f"data.segmentation.multiple counts pixels, at least 1, not {options.multiple}")
         if options.colors is not None and not isinstance(options.colors, Mapping):
             raise UserError("data.segmentation.colors gives red, green and blue by class name")
         if isinstance(options.ignore, (str, int)):
@@ -147,10 +151,11 @@ def _range(given: Any) -> tuple[float, float]:
 
 
 def _share(given: Any, word: str) -> float:
-    number = {True: {"flip": 0.5, "color": 0.4, "most": 0.75}[word], False: 0.0}.get(given, given)
-    if not isinstance(number, (int, float)) or not 0 <= number <= 1:
+    if isinstance(given, bool):
+        return {"flip": 0.5, "color": 0.4, "most": 0.75}[word] if given else float(word == "most")
+    if not isinstance(given, (int, float)) or not 0 <= given <= 1:
         raise UserError(f"data.augment.{word} is a number in [0, 1], not {given!r}")
-    return float(number)
+    return float(given)
 
 
 def _size(given: Any, word: str) -> tuple[int, int]:
@@ -320,12 +325,14 @@ class Drawn:
 
     Args:
         number: of scenes.
-        size: (height, width).
+        side: pixels of one.
+        seed: of what is drawn.
         held_out: of the digits of the validation split.
     """
 
     number: int
-    size: tuple[int, int]
+    side: int
+    seed: int
     held_out: bool
 
     def __len__(self) -> int:
@@ -333,7 +340,7 @@ class Drawn:
 
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Return a scene and its classes."""
-        return _drawn(self.number, self.size, self.held_out)[index]
+        return _drawn(self)[index]
 
     def check(self, index: int, *, whole: bool) -> bool:
         """Return that a scene has a class map."""
@@ -345,10 +352,11 @@ class Drawn:
 
 
 @cache
-def _drawn(number: int, size: tuple[int, int], held_out: bool) -> list[tuple[Tensor, Tensor]]:
+def _drawn(of: Drawn) -> list[tuple[Tensor, Tensor]]:
     from tutelage.data.scenes import scenes
 
-    return [(one.image, one.class_map) for one in scenes(number, size, held_out=held_out)]
+    made = scenes(of.number, of.side, of.seed, held_out=of.held_out)
+    return [(one.image, one.class_map) for one in made]
 
 
 @final
@@ -363,14 +371,16 @@ class ClassMaps:
         class_names: by class index.
         size: (height, width) to which images are brought, or None.
         changes: of training images.
+        multiple: padded sides are a multiple of so many pixels.
     """
 
     source: Source
     place: Tensor
     targets: Tensor
     class_names: tuple[str, ...]
-    size: tuple[int, int] | None
-    changes: Changes
+    size: tuple[int, int] | None = None
+    changes: Changes = Changes()
+    multiple: int = 1
 
     def __len__(self) -> int:
         return len(self.place)
@@ -420,7 +430,7 @@ class ClassMaps:
     def collate(self, records: Sequence[Record], index: Tensor, view: Tensor) -> Batch:
         """Return records as one batch, each in the upper left corner of it; padding is black and ignored."""
         sizes = torch.tensor([one.image.shape[1:] for one in records])
-        height, width = (int(side) for side in sizes.amax(0))
+        height, width = (self.multiple * -(-int(side) // self.multiple) for side in sizes.amax(0))
         images = torch.stack([_padded(one.image, (height, width), 0) for one in records])
         target = torch.stack([_padded(one.classes, (height, width), IGNORED) for one in records])
         none = torch.zeros(0)
@@ -517,43 +527,54 @@ def read(kind: str, place: str, spec: "Spec") -> dict[str, ClassMaps]:
 
     Example:
         >>> from tutelage.data.load import Spec
-        >>> found = read("scenes", "", Spec("scenes", segmentation={"number": 2, "held_out": 1, "size": 48}))
+        >>> found = read("scenes", "", Spec("scenes", segmentation={"scenes": [2, 1], "side": 48}))
         >>> record = found["train"].read(0)
         >>> found["train"].class_names[:3], record.image.shape, record.classes.shape
         (('ground', '0', '1'), torch.Size([3, 48, 48]), torch.Size([48, 48]))
     """
     options = Options.parse(spec.segmentation)
     if kind == "scenes":
-        size = _size(options.size, "segmentation.size")
         names: tuple[str, ...] = ("ground", *class_words(range(10)))
         found: dict[str, Source] = {
-            "train": Drawn(options.number, size, False),
-            "validation": Drawn(options.held_out, size, True),
+            "train": Drawn(options.scenes[0], options.side, options.scene_seed, False),
+            "validation": Drawn(options.scenes[1], options.side, options.scene_seed, True),
         }
     elif kind == "hf":
         names, found = _tables(place, options, spec)
     else:
         names, found = _folders(kind, place, options)
-    return {split: _samples(source, names, kind, split, spec) for split, source in found.items()}
+    return {split: _samples(source, names, kind, split, spec, options.multiple) for split, source in found.items()}
 
 
-def _samples(source: Source, names: tuple[str, ...], kind: str, split: str, spec: "Spec") -> ClassMaps:
-    place = torch.arange(len(source))
-    known, wrong = _checked(source, f"{spec.source} ({split})", fatal=spec.on_error == "raise")
-    place, known = place[~wrong], known[~wrong]
+def _samples(source: Source, names: tuple[str, ...], kind: str, split: str, spec: "Spec", multiple: int) -> ClassMaps:
+    known, wrong = _checked(source, f"{spec.source} ({split})", spec.on_error)
+    place = torch.arange(len(source))[~wrong]
     size = None if spec.image_size is None else pair(spec.image_size)
-    if not len(place):
-        raise UserError(f"{spec.source} ({split}): no image is left")
     first = size or tuple(source.read(int(place[0]))[0].shape[1:])
     usual = Changes() if kind == "scenes" else Changes((0.5, 2.0), _at_most(first), 0.75, 0.5, 0.4)
-    return ClassMaps(source, place, known, names, size, Changes.parse(spec.augment, usual))
+    return ClassMaps(source, place, known[~wrong], names, size, Changes.parse(spec.augment, usual), multiple)
+
+
+def images(paths: Sequence[Path], spec: "Spec", class_names: tuple[str, ...]) -> ClassMaps:
+    """Return image files of which nothing is known, brought to the size that a data section says.
+
+    Args:
+        paths: of the files.
+        spec: the section.
+        class_names: by class index.
+    """
+    options = Options.parse(spec.segmentation)
+    source = PairFiles(tuple(Pair(path, None) for path in paths), Codes.of({0: 0}))
+    size = None if spec.image_size is None else pair(spec.image_size)
+    nothing = torch.full((len(paths),), -1)
+    return ClassMaps(source, torch.arange(len(paths)), nothing, class_names, size, multiple=options.multiple)
 
 
 def _at_most(size: Sequence[int]) -> tuple[int, int]:
     return min(size[0], LARGEST_CROP), min(size[1], LARGEST_CROP)
 
 
-def _checked(source: Source, name: str, *, fatal: bool) -> tuple[Tensor, Tensor]:
+def _checked(source: Source, name: str, on_error: Literal["raise", "skip"]) -> tuple[Tensor, Tensor]:
     """Return 0 or -1 for each sample, whether it has a mask, and which samples cannot be used.
 
     Raises:
@@ -561,20 +582,17 @@ def _checked(source: Source, name: str, *, fatal: bool) -> tuple[Tensor, Tensor]
     """
     known = torch.zeros(len(source), dtype=torch.long)
     wrong = torch.zeros(len(source), dtype=torch.bool)
-    faults: dict[str, list[str]] = {}
+    troubles = Troubles(name)
     for index in range(len(source)):
         try:
             known[index] = 0 if source.check(index, whole=len(source) <= CHECKED) else -1
         except (OSError, ValueError) as error:
-            kind = "have a mask of another size" if isinstance(error, SizeError) else "have a mask with a strange value"
-            kind = "cannot be read" if isinstance(error, OSError) else kind
+            size = isinstance(error, SizeError)
+            kind = "masks of another size than their image" if size else "masks with values that stand for no class"
+            kind = "images or masks that cannot be read" if isinstance(error, OSError) else kind
             wrong[index] = True
-            faults.setdefault(kind, []).append(f"{source.name(index)}: {error}")
-    if faults and (fatal or bool(wrong.all())):
-        parts = [f"{len(where)} {kind} (first {where[0]})" for kind, where in faults.items()]
-        raise UserError(
-            f"{name}: of {len(source)} images {'; '.join(parts)}; data.on_error: skip leaves such images out"
-        )
+            troubles.note(kind, f"{source.name(index)}: {error}")
+    troubles.settle("raise" if bool(wrong.all()) else on_error)
     if bool((known < 0).all()):
         raise UserError(f"{name}: none of {len(source)} images has a mask, such as {source.name(0)}")
     return known, wrong
