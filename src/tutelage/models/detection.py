@@ -215,8 +215,8 @@ def fit(
         missing = [name for name in names if name not in categories]
         if missing:
             raise UserError(
-                f"weights: {source} know no class {missing[0]!r}{nearest(missing[0], categories)}; "
-                "`head: fresh` keeps the rest and starts what answers for classes anew"
+                f"weights: {source} know no class {missing[0]!r} (`head: fresh` keeps the rest and starts what "
+                f"answers for classes anew){nearest(missing[0], categories)}"
             )
         picked = [categories.index(name) for name in names]
         if getattr(module, "background", False):
@@ -243,6 +243,8 @@ def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str
     """Return weights under today's names, where a file has the names of an earlier version."""
     found = {}
     for key, value in state.items():
+        if key not in own and key.endswith("num_batches_tracked"):
+            continue  # of batch norms that are frozen here
         name = key
         if key not in own:
             for old, new in OLD.items():

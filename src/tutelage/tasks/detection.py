@@ -314,17 +314,12 @@ def _told(found: Sequence[Found], masks: bool) -> Iterable[dict[str, Any]]:
     from pycocotools import mask
 
     for image, one in enumerate(found):
-        order = [] if one.scores is None else one.scores.argsort(descending=True, stable=True)[:MOST].tolist()
+        assert one.scores is not None
+        order = one.scores.argsort(descending=True, stable=True)[:MOST].tolist()
         shapes = codes(one.masks[order]) if masks and one.masks is not None else [None] * len(order)
         for place, code in zip(order, shapes, strict=True):
             box = _wide(one.boxes[place].tolist())
-            row: dict[str, Any] = {
-                "image_id": image,
-                "category_id": int(one.labels[place]),
-                "score": float(one.scores[place]),
-            }  # type: ignore[index]
-            if code is not None:
-                row |= {"segmentation": code, "area": float(mask.area(code)), "bbox": box}
-            else:
-                row |= {"bbox": box, "area": box[2] * box[3]}
-            yield {**row, "iscrowd": 0}
+            area = box[2] * box[3] if code is None else float(mask.area(code))
+            row = {"image_id": image, "category_id": int(one.labels[place]), "score": float(one.scores[place])}
+            shape = {} if code is None else {"segmentation": code}
+            yield {**row, "bbox": box, "area": area, "iscrowd": 0, **shape}

@@ -13,7 +13,7 @@ def small(**options: object) -> SSD:
 
 def theirs(own: SSD) -> Theirs:
     return Theirs(
-        Maps(own.backbone),  # type: ignore[arg-type]
+        Maps(own.backbone),
         own.anchor_generator,
         (SIDE, SIDE),
         CLASSES + 1,

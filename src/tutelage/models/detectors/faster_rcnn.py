@@ -63,8 +63,8 @@ class Answers:
     def rows(self, rows: Sequence[int]) -> "Answers":
         """Return the answers for some images."""
         place = torch.tensor(rows, device=self.image_size.device)
-        parts = {name: [one[place] for one in getattr(self, name)] for name in ("maps", "objectness", "codes")}
-        return replace(self, image_size=self.image_size[place], **parts)
+        maps, objectness, codes = ([one[place] for one in part] for part in (self.maps, self.objectness, self.codes))
+        return replace(self, maps=maps, objectness=objectness, codes=codes, image_size=self.image_size[place])
 
     def _proposed(self, sizes: list[tuple[int, int]]) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
         """Return the proposals of each image, the anchors, and scores and codes of all anchors."""
