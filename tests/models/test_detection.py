@@ -107,7 +107,7 @@ def test_weights_for_other_classes(tmp_path: Path) -> None:
         load(spec, task="detection", num_classes=2, class_names=("a", "b"))
     new = load({**spec, "head": "fresh"}, task="detection", num_classes=2, class_names=("a", "b"))
     assert torch.equal(new.module.backbone.body.stem[0].weight, old.module.backbone.body.stem[0].weight)
-    with pytest.raises(UserError, match="know no class 'dgo'.*did you mean dog"):
+    with pytest.raises(UserError, match=r"know no class 'dgo'.*did you mean dog"):
         detection.fit(new.module, old.module.state_dict(), "it", ("dgo", "b"), ("dog", "a", "b", "c", "d"))
 
 
