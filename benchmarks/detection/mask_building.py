@@ -40,7 +40,7 @@ def grids(image: tuple[int, int]) -> list[tuple[int, int]]:
 
 def at_once(boxes: Tensor, owner: Tensor, size: Tensor, image: tuple[int, int]) -> Masks:
     """Return the masks of each level, as the method builds them."""
-    return [masks(boxes, owner, size, grid) for grid in grids(image)]
+    return masks(boxes, owner, size, grids(image))
 
 
 def by_loop(boxes: Tensor, owner: Tensor, size: Tensor, image: tuple[int, int]) -> Masks:

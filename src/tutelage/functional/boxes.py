@@ -5,12 +5,14 @@ Boxes are x1, y1, x2, y2 in pixels. Everything runs over all boxes of a batch at
 how many cells they cover.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return how strongly the boxes of each image claim each cell of its map: one over the cells of a box.
+def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return how strongly the boxes of each image claim each cell of its maps: one over the cells of a box.
 
     Convention:
         - an image of (height, width) pixels fills the map: x becomes x * columns / width
@@ -22,29 +24,34 @@ def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grid: tuple[i
         boxes: `[M, 4]`, any float dtype; used in float32 or wider.
         box_image: `[M]` int64, the image of each box.
         image_size: `[B, 2]` (height, width) of each image in the pixels of the boxes.
-        grid: (rows, columns) of the map.
+        grids: (rows, columns) of each map.
 
     Returns:
-        `[B, rows, columns]`, 0 where no box lies.
+        `[B, rows, columns]` of each map, 0 where no box lies.
 
     Example:
-        >>> coverage(torch.tensor([[0.0, 0.0, 10.0, 4.0]]), torch.tensor([0]), torch.tensor([[8, 40]]), (2, 4))
+        >>> coverage(torch.tensor([[0.0, 0.0, 10.0, 4.0]]), torch.tensor([0]), torch.tensor([[8, 40]]), [(2, 4)])[0]
         tensor([[[0.2500, 0.2500, 0.0000, 0.0000],
                  [0.2500, 0.2500, 0.0000, 0.0000]]])
     """
     boxes = boxes.float() if boxes.dtype != torch.float64 else boxes
-    size = image_size.to(boxes.dtype)[box_image]
-    cells, inside = torch.ones_like(boxes[:, 0]), []
-    for axis, count in enumerate(grid):
-        # multiplied first: an edge on the border of two cells is found there whatever the size
-        edges = boxes[:, 1 - axis :: 2] * count / size[:, axis, None]
-        first, last = edges[:, 0].floor(), edges[:, 1].ceil()
-        cells = cells * (last + 1 - first)
-        place = torch.arange(count, device=boxes.device, dtype=boxes.dtype)
-        inside.append(((place >= first[:, None]) & (place <= last[:, None])).to(boxes.dtype))
-    claims = (inside[0] / cells[:, None])[:, :, None] * inside[1][:, None, :]
-    owner = box_image[:, None, None].expand_as(claims)
-    return boxes.new_zeros(len(image_size), *grid).scatter_reduce(0, owner, claims, "amax")
+    counts = torch.tensor(grids, device=boxes.device, dtype=boxes.dtype)  # [L, 2]
+    corners = boxes.unflatten(1, (1, 2, 2)).flip(3)  # [M, 1, lower and upper, y and x]
+    size = image_size.to(boxes.dtype)[box_image, None, None]
+    # multiplied first: an edge on the border of two cells is found there whatever the size
+    edges = corners * counts[:, None] / size
+    first, last = edges[:, :, 0].floor(), edges[:, :, 1].ceil()  # [M, L, 2]
+    cells = (last + 1 - first).prod(dim=2)
+    place = torch.arange(max(map(max, grids)), device=boxes.device, dtype=boxes.dtype)
+    found = []
+    for level, (rows, columns) in enumerate(grids):
+        low, high = first[:, level], last[:, level]
+        inside_y = (place[:rows] >= low[:, :1]) & (place[:rows] <= high[:, :1])
+        inside_x = (place[:columns] >= low[:, 1:]) & (place[:columns] <= high[:, 1:])
+        claims = (inside_y / cells[:, level, None])[:, :, None] * inside_x[:, None]
+        owner = box_image[:, None, None].expand_as(claims)
+        found.append(boxes.new_zeros(len(image_size), rows, columns).scatter_reduce(0, owner, claims, "amax"))
+    return found
 
 
 def iou_of(one: Tensor, other: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def golden(claim: str, arrays: Arrays, meta: dict[str, Any]) -> dict[str, Any]:
         found = {f"loss_{PARTS[name]}": part for name, part in parts.items()}
         free = {"student_features": student, **dict(term.levels[0].named_parameters())}
         ours = student if "align.weight" not in weights else term.levels[0].get_submodule("align")(student)
-        found["mask_fg"], found["mask_bg"] = masks(given_["boxes"], image, size, teacher.shape[2:])  # type: ignore[arg-type]
+        grid = (teacher.shape[2], teacher.shape[3])
+        ((found["mask_fg"], found["mask_bg"]),) = masks(given_["boxes"], image, size, [grid])
         for side, given_map in (("student", ours), ("teacher", teacher)):
             spatial, channel = attention(given_map, meta["temp"])
             found |= {f"attention_spatial_{side}": spatial, f"attention_channel_{side}": channel}
@@ -193,7 +194,7 @@ def test_attention_of_a_constant_map_and_of_a_hot_softmax_is_one_everywhere() ->
 def test_masks_of_an_image_sum_to_one_each_box_and_background() -> None:
     boxes, image = torch.tensor([[0.0, 0.0, 15.0, 15.0], [32.0, 24.0, 39.0, 31.0]]), torch.tensor([0, 0])
     size = torch.tensor([[48, 64], [48, 64]])
-    foreground, background = masks(boxes, image, size, (6, 8))
+    ((foreground, background),) = masks(boxes, image, size, [(6, 8)])
     torch.testing.assert_close(foreground[0].sum(), torch.tensor(2.0))
     torch.testing.assert_close(background.sum((1, 2)), torch.ones(2))
     assert not foreground[1].any()
@@ -201,8 +202,8 @@ def test_masks_of_an_image_sum_to_one_each_box_and_background() -> None:
 
 
 def test_a_box_over_everything_leaves_no_background() -> None:
-    foreground, background = masks(
-        torch.tensor([[0.0, 0.0, 64.0, 48.0]]), torch.tensor([0]), torch.tensor([[48, 64]]), (6, 8)
+    ((foreground, background),) = masks(
+        torch.tensor([[0.0, 0.0, 64.0, 48.0]]), torch.tensor([0]), torch.tensor([[48, 64]]), [(6, 8)]
     )
     assert foreground.all()
     assert not background.any()
@@ -211,8 +212,8 @@ def test_a_box_over_everything_leaves_no_background() -> None:
 def test_boxes_are_stretched_over_the_padding() -> None:
     """The released code divides by the unpadded size though the map covers the padding."""
     box, image = torch.tensor([[0.0, 0.0, 19.0, 47.0]]), torch.tensor([0])
-    padded, _ = masks(box, image, torch.tensor([[48, 32]]), (6, 8))
-    whole, _ = masks(box, image, torch.tensor([[48, 64]]), (6, 8))
+    ((padded, _),) = masks(box, image, torch.tensor([[48, 32]]), [(6, 8)])
+    ((whole, _),) = masks(box, image, torch.tensor([[48, 64]]), [(6, 8)])
     assert padded[0, 0].count_nonzero() == 6
     assert whole[0, 0].count_nonzero() == 4
 
@@ -367,8 +368,8 @@ def test_widths_that_differ_in_the_function() -> None:
 def test_masks_are_those_of_the_loops() -> None:
     frame = dense_batch().frame
     assert frame is not None
-    for grid in GRIDS:
-        found = masks(frame.boxes.double(), frame.box_image, frame.image_size, grid)
+    together = masks(frame.boxes.double(), frame.box_image, frame.image_size, GRIDS)
+    for grid, found in zip(GRIDS, together, strict=True):
         expected = oracle.masks(
             frame.boxes.double().numpy(), frame.box_image.numpy(), frame.image_size.double().numpy(), *grid
         )

@@ -7,6 +7,7 @@ Paper and class default have gamma 1e-3, the released configurations of one-stag
 """
 
 import math
+from collections.abc import Sequence
 from typing import final
 
 from torch import Tensor, nn
@@ -66,8 +67,10 @@ def attention(feature_map: Tensor, temperature: float = 0.5) -> tuple[Tensor, Te
 
 
 @full_precision
-def masks(boxes: Tensor, box_image: Tensor, image_size: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Return the weights of object and background cells.
+def masks(
+    boxes: Tensor, box_image: Tensor, image_size: Tensor, grids: Sequence[tuple[int, int]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the weights of object and background cells on each map.
 
     Convention:
         - foreground: one over the cells of the smallest box on a cell, see :func:`coverage`
@@ -78,24 +81,25 @@ def masks(boxes: Tensor, box_image: Tensor, image_size: Tensor, grid: tuple[int,
         box_image: `[M]` int64, the image of each box.
         image_size: `[B, 2]` (height, width) of each image without its padding. The map covers the padding too: as in
             the released code, boxes are stretched over it all the same.
-        grid: (rows, columns) of the map.
+        grids: (rows, columns) of each map.
 
     Returns:
-        foreground and background, `[B, rows, columns]` each.
+        foreground and background of each map, `[B, rows, columns]` both.
 
     Example:
         >>> import torch
         >>> box = torch.tensor([[0.0, 0.0, 4.0, 4.0]])
-        >>> for mask in masks(box, torch.tensor([0]), torch.tensor([[8, 16]]), (2, 4)):
+        >>> for mask in masks(box, torch.tensor([0]), torch.tensor([[8, 16]]), [(2, 4)])[0]:
         ...     print(mask[0])
         tensor([[0.2500, 0.2500, 0.0000, 0.0000],
                 [0.2500, 0.2500, 0.0000, 0.0000]])
         tensor([[0.0000, 0.0000, 0.2500, 0.2500],
                 [0.0000, 0.0000, 0.2500, 0.2500]])
     """
-    foreground = coverage(boxes, box_image, image_size, grid)
-    empty = (foreground == 0).to(foreground.dtype)
-    return foreground, empty / empty.sum((1, 2), keepdim=True).clamp(min=1)
+    foregrounds = coverage(boxes, box_image, image_size, grids)
+    empties = [(foreground == 0).to(foreground.dtype) for foreground in foregrounds]
+    backgrounds = [empty / empty.sum((1, 2), keepdim=True).clamp(min=1) for empty in empties]
+    return [*zip(foregrounds, backgrounds, strict=True)]
 
 
 @full_precision
@@ -282,15 +286,17 @@ class FGD(Term):
         if frame is None:
             raise UserError("fgd weighs cells by the boxes on them, and this data has no boxes: use it for detection")
         total: dict[str, Tensor] = {}
-        for level, (one, other) in zip(self.levels, self.names, strict=True):
+        maps = [teacher[other] for _, other in self.names]
+        weights = masks(frame.boxes, frame.box_image, frame.image_size, [(m.shape[2], m.shape[3]) for m in maps])
+        for level, (one, _), theirs, covered in zip(self.levels, self.names, maps, weights, strict=True):
             assert isinstance(level, Level)
-            ours, theirs = level.align(student[one]), teacher[other]
+            ours = level.align(student[one])
             parts = fgd(
                 ours,
                 theirs,
                 level.context_student(ours),
                 level.context_teacher(theirs),
-                *masks(frame.boxes, frame.box_image, frame.image_size, (theirs.shape[2], theirs.shape[3])),
+                *covered,
                 temperature=self.temperature,
                 alpha=self.alpha,
                 beta=self.beta,
