@@ -114,10 +114,11 @@ def load(
     names = wanted.class_names or built.class_names
     model = _adapted(built, given, wanted, image_size)
     model.class_names = names
+    asked = {word: value for word, value in given.items() if word in ("model", "roles", *wanted.options)}
     model.source = {
-        "model": {word: value for word, value in given.items() if word in ("model", "roles", *wanted.options)},
+        "model": {**asked, **built.again},
         "num_classes": wanted.num_classes,
-        "in_channels": wanted.in_channels,
+        "in_channels": built.input.channels if built.again and built.input else wanted.in_channels,
         "image_size": image_size,
         "native_size": list(built.size),
         "class_names": list(names),

@@ -363,8 +363,7 @@ def _tokens(root: Call, image: Tensor, calls: list[Call], prefix: int | None) ->
     norms = [c for c in after if "Norm" in type(c.module).__name__ and c.given is not None and c.given.shape == shape]
     direct = [call for call in norms if call.taken is blocks[-1].given]
     end = (direct or norms or blocks[-1:])[0]
-    number = end.number if end.path in repeated else None
-    taps["tokens"] = Tap(end.path, call=number, layout="tokens", prefix=prefix)
+    taps["tokens"] = Tap(end.path, call=end.number if end.path in repeated else None, layout="tokens", prefix=prefix)
     early = calls[: calls.index(next(blocks[0].walk()))]
     embeddings = [c for c in early if c.given is not None and c.given.ndim == 3 and c.given.shape[-1] == shape[-1]]
     full = [c for c in embeddings if c.given is not None and c.given.shape[1] == patches]

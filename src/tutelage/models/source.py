@@ -45,6 +45,7 @@ class Built:
         channels_last: of its maps.
         call: how it is called.
         class_names: of its outputs.
+        again: how to build it without what the hub holds, where its place does not say.
     """
 
     module: nn.Module
@@ -56,6 +57,7 @@ class Built:
     channels_last: bool = False
     call: Callable[[nn.Module, Any], Any] | None = None
     class_names: tuple[str, ...] = ()
+    again: Mapping[str, Any] = field(default_factory=dict)
 
 
 def by_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:

@@ -5,6 +5,8 @@ A distilled transformer (`deit_*_distilled_*`) has two heads; its output is the 
 training, unless its `set_distilled_training` is switched on.
 """
 
+from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -25,6 +27,8 @@ def build(wanted: Wanted) -> Built:
 
     name = wanted.place
     hosted = name.startswith(("hf-hub:", "hf_hub:", "local-dir:"))
+    if hosted and not name.startswith("local-dir:") and not wanted.pretrained:
+        raise UserError(f"timm:{name} lies on the hub; `weights: pretrained` fetches it from there")
     if not hosted and not timm.is_model(name.partition(".")[0]):
         raise UserError(f"unknown model 'timm:{name}'{nearest(name.partition('.')[0], timm.list_models())}")
     options = dict(wanted.options)
@@ -38,7 +42,16 @@ def build(wanted: Wanted) -> Built:
         raise UserError(f"timm:{name}: {error}") from error
     except OSError as error:
         raise UserError(f"timm:{name}: its weights cannot be had ({error}); give a file as `weights`") from error
-    return describe(module, wanted.in_channels, options.get("img_size"))
+    built = describe(module, wanted.in_channels, options.get("img_size"))
+    return replace(built, again=_again(module, options)) if hosted else built
+
+
+def _again(module: nn.Module, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how to build a model of the hub from timm alone."""
+    known: dict[str, Any] = dict(getattr(module, "pretrained_cfg", None) or {})
+    own = {word: value for word, value in options.items() if word not in ("num_classes", "in_chans")}
+    place = f"timm:{known['architecture']}"
+    return {"model": place, "num_classes": module.num_classes, **(known.get("model_args") or {}), **own}
 
 
 def describe(module: nn.Module, in_channels: int | None = None, img_size: Any = None) -> Built:

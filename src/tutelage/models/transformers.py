@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image classifiers of transformers: a folder, a name of the hub, or a type built from its configuration."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,14 @@ from torch import nn
 from tutelage.core import InputSpec
 from tutelage.core.error import UserError, nearest
 from tutelage.models.source import Built, Wanted, by_channels
+
+#: Words of a configuration that say nothing of the network, or that the classes of the data decide.
+UNTOLD = frozenset(
+    (
+        *("model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"),
+        *("id2label", "label2id", "num_labels", "problem_type"),
+    )
+)
 
 
 def call(module: nn.Module, inputs: Any) -> Any:
@@ -46,9 +57,10 @@ def build(wanted: Wanted) -> Built:
         options["num_channels"] = wanted.in_channels
     try:
         if whole:
-            module = AutoModelForImageClassification.from_pretrained(
-                name, ignore_mismatched_sizes=True, local_files_only=here, **options
-            )
+            with _quiet():
+                module = AutoModelForImageClassification.from_pretrained(
+                    name, ignore_mismatched_sizes=True, local_files_only=here, **options
+                )
         else:
             known = AutoConfig.from_pretrained(name, local_files_only=True, **options) if here else None
             config = known or AutoConfig.for_model(name, **options)
@@ -59,17 +71,37 @@ def build(wanted: Wanted) -> Built:
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"hf:{name}: {str(error).splitlines()[0]}") from error
     module.eval()
-    return describe(module, name if whole else None, here)
+    built = describe(module, name if whole else None, here)
+    return replace(built, again=_again(module)) if whole or here else built
+
+
+def _again(module: nn.Module) -> dict[str, Any]:
+    """Return how to build a model from its configuration alone: its type, and what differs from the default."""
+    config: Any = module.config
+    told = {word: value for word, value in config.to_diff_dict().items() if word not in UNTOLD}
+    return {"model": f"hf:{config.model_type}", "num_classes": config.num_labels, **told}
 
 
 def _labels(wanted: Wanted) -> dict[str, Any]:
     assert wanted.num_classes is not None
-    if not wanted.class_names:
-        return {"num_labels": wanted.num_classes}
-    return {
-        "id2label": dict(enumerate(wanted.class_names)),
-        "label2id": {word: number for number, word in enumerate(wanted.class_names)},
-    }
+    names = wanted.class_names or [f"LABEL_{number}" for number in range(wanted.num_classes)]
+    return {"id2label": dict(enumerate(names)), "label2id": {word: number for number, word in enumerate(names)}}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers says of a last layer that does not fit to itself: it is what is asked for."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def describe(module: nn.Module, place: str | None, here: bool) -> Built:
