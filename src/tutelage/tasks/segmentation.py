@@ -90,11 +90,12 @@ def rim(masks: Tensor, width: int) -> Tensor:
                 [1, 0, 0, 1],
                 [1, 1, 1, 1]], dtype=torch.int32)
     """
-    planes = masks.flatten(0, -3)[:, None] if masks.ndim > 2 else masks[None, None]
-    outside = F.pad((~planes).float(), (width,) * 4, value=1.0)
-    # a square window, one side after the other
-    near = F.max_pool2d(F.max_pool2d(outside, (2 * width + 1, 1), 1), (1, 2 * width + 1), 1)
-    return masks & (near > 0).view(masks.shape)
+    near = F.pad(~masks, (width,) * 4, value=True).int()
+    for dim in (-1, -2):  # a square window, one side after the other: sums as differences of running sums
+        sums = F.pad(near.movedim(dim, -1).cumsum(-1), (1, 0))
+        span = 2 * width + 1
+        near = (sums[..., span:] - sums[..., :-span]).movedim(-1, dim)
+    return masks & (near > 0)
 
 
 def boundary_counts(answer: Tensor, target: Tensor, num_classes: int, ratio: float) -> tuple[Tensor, Tensor]:
