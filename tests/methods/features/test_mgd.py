@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from method_case import MethodCase, gaussian
 from oracles import mgd as oracle
-from tutelage.core import Draw, Facts, Signals
+from tutelage.core import Batch, Draw, Facts, Signals
 from tutelage.core.error import UserError
 from tutelage.methods.features.mgd import MGD, keep_mask, mgd
 
@@ -274,14 +274,42 @@ def test_options(options: dict[str, Any], said: str) -> None:
         MGD(**options)
 
 
-GRIDS = "mgd compares maps of one grid: the student's is (6, 6), the teacher's (3, 3); tap layers of equal stride"
+REBUILDS = "mgd rebuilds maps [B, C, H, W], or tokens [B, L, D] on their grid, not"
+NAME_IT = "name the tap with `layout: grid` and `grid: [height, width]`"
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher"),
+    [
+        pytest.param((2, 4, 6, 6), (2, 5, 3, 3), id="another grid"),
+        pytest.param((2, 4, 3, 4), (2, 48, 5), id="map to tokens"),
+        pytest.param((2, 48, 5), (2, 4, 3, 4), id="tokens to map"),
+    ],
+)
+def test_the_student_is_brought_to_the_teachers_grid(student: tuple[int, ...], teacher: tuple[int, ...]) -> None:
+    signals = [Signals(None, {"map": torch.randn(size, requires_grad=True)}) for size in (student, teacher)]
+    one, other = signals[0], signals[1].detach()
+    term = MGD()
+    term.build(one.detach(), other, Facts())
+    rows = Batch.of(torch.zeros(2, 1), torch.tensor([0, 1]))
+    noise = term.draw(one, other, rows, Draw(0, 0, "mgd"))
+    assert isinstance(noise, Tensor)
+    goal = other["map"] if other["map"].ndim == 4 else other["map"].transpose(1, 2).unflatten(2, (6, 8))
+    assert noise.shape == (2, 1, *goal.shape[2:])
+    loss = term(one, other, rows, noise)
+    kept = keep_mask(noise, "pixel", 0.65)
+    rebuilt = term.generation(term.align(one["map"]) * kept)
+    assert loss.item() == pytest.approx(mgd(rebuilt, goal).item(), rel=1e-6)
+    loss.backward()
+    assert one["map"].grad is not None
+    assert one["map"].grad.any()
 
 
 @pytest.mark.parametrize(
     ("shape", "said"),
     [
-        pytest.param((2, 4), "mgd rebuilds maps [B, C, H, W], not [2, 4] and [2, 4, 3, 3]", id="vector"),
-        pytest.param((2, 4, 6, 6), GRIDS, id="grid"),
+        pytest.param((2, 4), f"{REBUILDS} [2, 4] and [2, 4, 3, 3]", id="vector"),
+        pytest.param((2, 7, 4), f"7 tokens fill no grid of the proportions 3x3: {NAME_IT}", id="tokens"),
     ],
 )
 def test_maps_that_do_not_fit(shape: tuple[int, ...], said: str) -> None:

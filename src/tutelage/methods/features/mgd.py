@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.core import Batch, Card, Draw, Facts, Reads, Signals, Tap, Term
-from tutelage.core.bridge import bridge, check_grid
+from tutelage.core.bridge import across, grid_of
 from tutelage.core.error import UserError
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
@@ -92,8 +92,8 @@ class MGD(Term):
         mask: `pixel` drops positions (paper, detection 0.65 or 0.45, segmentation 0.75); `channel` drops
             channels (classification, 0.15).
         mask_ratio: fraction dropped.
-        student_tap: a map of the student, or a list of maps; `fpn[*]` stands for all levels of a pyramid.
-        teacher_tap: as many maps of the teacher, of the same heights and widths.
+        student_tap: a map or tokens of the student, or a list; `fpn[*]` stands for all levels of a pyramid.
+        teacher_tap: as many of the teacher; the student is brought to their grids. Tokens count as maps on a grid.
     """
 
     def __init__(
@@ -120,21 +120,24 @@ class MGD(Term):
         return Reads(self.layers.student, self.layers.teacher)
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:
-        """Pair the maps; create for each pair the alignment, where widths differ, and the generator.
+        """Pair the maps; create for each pair the alignment, where widths or grids differ, and the generator.
 
         Raises:
-            UserError: if a tap is no map, or the maps differ in height or width.
+            UserError: if a tap is neither a map nor tokens that fill a grid.
         """
         assert teacher is not None
         self.names = self.layers.pairs(student, teacher)
         aligns, generations = [], []
         for one, other in self.names:
             source, goal = student[one], teacher[other]
-            if source.ndim != 4 or goal.ndim != 4:
-                raise UserError(f"mgd rebuilds maps [B, C, H, W], not {list(source.shape)} and {list(goal.shape)}")
-            check_grid(source, goal, "mgd")
+            if {source.ndim, goal.ndim} - {3, 4}:
+                raise UserError(
+                    "mgd rebuilds maps [B, C, H, W], or tokens [B, L, D] on their grid, "
+                    f"not {list(source.shape)} and {list(goal.shape)}"
+                )
+            goal = grid_of(goal, source)
             width = goal.shape[1]
-            aligns.append(bridge(source, goal))
+            aligns.append(across(source, goal))
             generations.append(
                 nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1))
             )
@@ -146,8 +149,8 @@ class MGD(Term):
         """Return the noise that decides what is masked, a function of each sample's id; one a map, if several."""
         assert teacher is not None
         noise = []
-        for salt, (_, other) in enumerate(self.layers.pairs(student, teacher)):
-            _, channels, height, width = teacher[other].shape
+        for salt, (one, other) in enumerate(self.layers.pairs(student, teacher)):
+            _, channels, height, width = grid_of(teacher[other], student[one]).shape
             shape = (channels, 1, 1) if self.mask == "channel" else (1, height, width)
             noise.append(draw.uniform(batch.index, shape, salt))
         return tuple(noise) if len(noise) > 1 else noise[0]
@@ -163,5 +166,5 @@ class MGD(Term):
         for (one, other), align, generate, place in zip(self.names, aligns, generations, drawn, strict=True):
             aligned = align(student[one])
             kept = keep_mask(place, self.mask, self.mask_ratio).to(aligned.dtype)
-            distances.append(mgd(generate(aligned * kept), teacher[other]))
+            distances.append(mgd(generate(aligned * kept), grid_of(teacher[other], student[one])))
         return torch.stack(distances).sum()
