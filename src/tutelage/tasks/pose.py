@@ -5,6 +5,7 @@ import contextlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, final
 
 import numpy as np
@@ -322,6 +323,15 @@ class Pose:
         matrix = batch.extra["matrix"]
         points = batch.target[..., :2] @ matrix[:, :, :2].mT + matrix[:, None, :, 2]
         return self._by_image(points, batch.target[..., 2], batch)
+
+    def coco(self, answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return plain answers by image file as COCO's keypoint results; an image of a number is called by it."""
+        stems = {path: Path(path).stem for path in answers}
+        return [
+            {"image_id": int(stems[path]) if stems[path].isdigit() else stems[path], **person}
+            for path, found in answers.items()
+            for person in found["people"]
+        ]
 
     def _by_image(self, points: Tensor, scores: Tensor, batch: Batch) -> list[Picture]:
         layout = self.layout or Layout.of_count(points.shape[1])
