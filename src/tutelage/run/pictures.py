@@ -161,7 +161,7 @@ def draw(
         name: `kind:name`, or the folder of a run.
         paths: image files.
         task: the model's.
-        out: folder for the drawings, and for `answers.json`.
+        out: folder for the drawings, for `answers.json`, and for `coco.json` where the task has COCO's form for them.
         weights: `pretrained` or a file.
         num_classes: of its outputs; its own default where None.
         image_size: to which images are brought; the run's by default.
@@ -202,6 +202,9 @@ def draw(
     found = Depicted(answers, drawings, dict(loader.skipped))
     if out is not None:
         write_text(out / "answers.json", json.dumps(found.plain()["images"], indent=2) + "\n")
+        as_coco = getattr(problem, "coco", None)
+        if callable(as_coco):
+            write_text(out / "coco.json", json.dumps(as_coco(answers)) + "\n")
     return found
 
 
