@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from models.readings import noise, readings, stages
 from tutelage.core import Model
-from tutelage.models.cifar import ResNet
+from tutelage.models.networks.resnet import ResNet
 from tutelage.models.roles import Roles, find, logits_of
 
 

@@ -12,12 +12,11 @@ from torch import nn
 
 from tutelage.core import InputSpec
 from tutelage.core.error import UserError, nearest
-from tutelage.models import cifar
 from tutelage.models.source import Built, Wanted, by_channels
 
 FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "networks").glob("[!_]*.py"))
 #: Constructors by name, of all families.
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = dict(cifar.ARCHITECTURES)
+ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
 for _family in FAMILIES:
     ARCHITECTURES |= import_module(f"tutelage.models.networks.{_family}").ARCHITECTURES
 #: The constants that published weights of these networks were trained with; other channel counts are centred.

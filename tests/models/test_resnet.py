@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.core.error import UserError
-from tutelage.models.cifar import ARCHITECTURES, Pad, ResNet
+from tutelage.models.networks.resnet import ARCHITECTURES, Pad, ResNet
 
 
 def count(network: torch.nn.Module) -> int:
