@@ -130,7 +130,7 @@ def test_images_without_annotation_do_not_count() -> None:
     with pytest.raises(UserError, match=r"leave data\.labels out"):
         task.loss(Oracle([]), batch)
     oracle = Oracle([])
-    oracle.rows = lambda rows: Oracle([{}] * len(rows))  # type: ignore[method-assign, assignment]
+    oracle.rows = lambda rows: Oracle([{}] * len(rows))  # type: ignore[assignment]
     assert task.loss(oracle, batch)["count"] == 2
     none = replace(batch, extra={"annotated": [False] * 3})
     assert task.loss(Oracle([]), none)["count"] == 0
@@ -148,14 +148,14 @@ def test_an_unlabelled_half_of_a_run(tmp_path: Any) -> None:
 
 
 def test_pictures_are_drawn_and_plain() -> None:
-    task = Detection(2, class_names=("a", "b"))
-    assert isinstance(task, Depicting)
+    task: Depicting = Detection(2, class_names=("a", "b"))
+    assert task.name == "detection"
     masks = torch.zeros(2, 64, 64, dtype=torch.bool)
     masks[0, :20, :20] = True
     found = told(BOXES, [0, 1], [0.9, 0.1], masks)
-    assert isinstance(found, Picture)
+    seen: Picture = found
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    drawn = found.draw(image)
+    drawn = seen.draw(image)
     assert drawn.dtype == torch.uint8
     assert drawn[:, 10, 10].any()  # the mask
     assert not drawn[:, 35:50, 35:50].any()  # a box that is hardly believed in

@@ -60,11 +60,9 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
         if not names and count is None:
             names = tuple(name for name in published.categories if name not in NOTHING)
         count = count or len(names)
-    module = _seeded(lambda: _built(kind, place, options, count, pretrained), seed)
-    pixels = InputSpec(mean=MEAN, std=STD)
-    if kind == "hf" or hasattr(module, "pixels"):
-        pixels = getattr(module, "pixels", pixels)
     fresh = given.get("head") == "fresh"
+    module = _seeded(lambda: _built(kind, place, options, count, pretrained, fresh), seed)
+    pixels: InputSpec = getattr(module, "pixels", InputSpec(mean=MEAN, std=STD))
     file = given.get("weights")
     if published is not None and pretrained:
         state = published.state()
@@ -98,7 +96,9 @@ def _seeded(build: Callable[[], nn.Module], seed: int | None) -> nn.Module:
         return build()
 
 
-def _built(kind: str, place: str, options: Mapping[str, Any], count: int | None, pretrained: bool) -> nn.Module:
+def _built(
+    kind: str, place: str, options: Mapping[str, Any], count: int | None, pretrained: bool, fresh: bool
+) -> nn.Module:
     if kind == "python":
         from tutelage.models.python import build
 
@@ -106,7 +106,7 @@ def _built(kind: str, place: str, options: Mapping[str, Any], count: int | None,
     if kind == "hf":
         from tutelage.models.detectors.detr import build as transformer
 
-        made: nn.Module = transformer(place, options, count, pretrained)
+        made: nn.Module = transformer(place, options, count, pretrained, fresh=fresh)
         return made
     known = architectures()
     name = str({**options}.pop("detector", place)) if kind == "torchvision" else place

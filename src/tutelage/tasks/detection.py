@@ -134,8 +134,10 @@ class Detection:
         Raises:
             UserError: if the model is no detector.
         """
-        size = {} if batch.frame is None else {"image_size": batch.frame.image_size}
-        found = model(batch.inputs, **size)
+        more: dict[str, Any] = {} if batch.frame is None else {"image_size": batch.frame.image_size}
+        if getattr(model.module, "takes_targets", False) and torch.is_grad_enabled():
+            more["targets"] = batch.target  # who asks for no gradient asks for no loss
+        found = model(batch.inputs, **more)
         if not isinstance(found, Answers):
             raise UserError(
                 f"{type(model.module).__name__} gave {type(found).__name__}: a detector gives an object with "

@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detectors of transformers: RT-DETR, D-FINE, Deformable DETR and their kin, which tell a set of boxes.
+
+Their losses match boxes to queries within the forward, and some show the network noisy boxes to restore: they are
+given the targets when gradients are wanted, and only then.
+
+Reference: Carion et al., End-to-End Object Detection with Transformers, ECCV 2020.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from tutelage.core import InputSpec, Tap
+from tutelage.core.error import UserError, nearest
+from tutelage.models.detectors.dense import Targets, clipped, picked, top
+
+#: Types that see which pixels are padding, and whose boxes are shares of the image without it.
+MASKED = ("detr", "conditional_detr", "deformable_detr", "dab_detr")
+#: Types whose scores are a softmax with a last class for nothing; the others' are sigmoids.
+SOFTMAX = ("detr",)
+#: Types that take pixels in [0, 1] as they are.
+PLAIN = ("rt_detr", "rt_detr_v2", "d_fine")
+IMAGENET = InputSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+#: Words by which a backbone is named, which a configuration turns into others.
+BACKBONE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs")
+#: Where the maps of several sizes go into encoder or decoder, whichever a type has.
+MAPS = ("decoder_input_proj", "encoder_input_proj", "input_proj")
+
+
+@final
+@dataclass(frozen=True)
+class Answers:
+    """What the network said of a batch.
+
+    Args:
+        logits: `[B, Q, K]`, with a class for nothing where `softmax` is set.
+        shares: `[B, Q, 4]` centre, width and height, as shares of `sides`.
+        sides: `[B, 4]` width, height, width, height in pixels.
+        image_size: `[B, 2]` height and width without padding.
+        softmax: how logits become scores.
+        loss: of the targets that were given, or None.
+        most: boxes an image.
+    """
+
+    logits: Tensor
+    shares: Tensor
+    sides: Tensor
+    image_size: Tensor
+    softmax: bool
+    loss: Tensor | None
+    most: int
+
+    def losses(self, targets: Targets) -> dict[str, Tensor]:
+        """Return the network's own loss: of classes, boxes and overlaps over all layers, as its type weighs them.
+
+        Raises:
+            UserError: if the network was called without the targets.
+        """
+        if self.loss is None:
+            raise UserError("a detector of transformers is given its targets when it is called: pass targets=...")
+        return {"matching": self.loss}
+
+    def candidates_of(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return boxes `[B, N, 4]`, scores and labels `[B, N]`, best first."""
+        scores = self.logits.float()
+        scores = scores.softmax(dim=2)[..., :-1] if self.softmax else scores.sigmoid()
+        best, place, labels = top(scores, self.most, 0.0)
+        shares = picked(self.shares.float(), place)
+        half = shares[..., 2:] / 2
+        boxes = torch.cat([shares[..., :2] - half, shares[..., :2] + half], dim=2) * self.sides[:, None]
+        return clipped(boxes, self.image_size), best, labels
+
+    def detections(self) -> list[dict[str, Tensor]]:
+        """Return what was found in each image, best first, in the pixels of the batch."""
+        rows = zip(*self.candidates_of(), strict=True)
+        return [{"boxes": boxes, "scores": scores, "labels": labels} for boxes, scores, labels in rows]
+
+
+@final
+class Transformer(nn.Module):
+    """A detector of transformers, called as the others are.
+
+    Args:
+        net: an `AutoModelForObjectDetection`.
+        most: boxes an image.
+    """
+
+    #: it is called with the targets where gradients are wanted
+    takes_targets = True
+
+    def __init__(self, net: Any, most: int = 100) -> None:
+        super().__init__()
+        self.net, self.most = net, most
+        self.kind = str(net.config.model_type)
+        self.pixels = InputSpec() if self.kind in PLAIN else IMAGENET
+
+    def forward(self, pixels: Tensor, image_size: Tensor | None = None, targets: Targets | None = None) -> Answers:
+        """Return the answers of all queries.
+
+        Args:
+            pixels: `[B, 3, H, W]`, as the type wants them.
+            image_size: `[B, 2]` height and width without padding; without it nothing is padded.
+            targets: what the loss holds the answers against.
+        """
+        whole = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2)
+        size = whole if image_size is None else image_size.to(pixels.dtype)
+        sides = (size if self.kind in MASKED else whole).flip(1).repeat(1, 2)
+        more: dict[str, Any] = {}
+        if self.kind in MASKED:
+            rows, columns = (
+                torch.arange(side, device=pixels.device) < size[:, which, None]
+                for which, side in enumerate(pixels.shape[-2:])
+            )
+            more["pixel_mask"] = (rows[:, :, None] & columns[:, None]).long()
+        if targets is not None:
+            more["labels"] = [
+                {"class_labels": one["labels"], "boxes": _shares(one["boxes"], side)}
+                for one, side in zip(targets, sides, strict=True)
+            ]
+        said = self.net(pixels, **more)
+        return Answers(said.logits, said.pred_boxes, sides, size, self.kind in SOFTMAX, said.loss, self.most)
+
+    def roles(self) -> dict[str, Tap]:
+        """Return the places of the maps, of the decoder's layers, and of what each says of classes and boxes."""
+        home, found = self.net.model, {}
+        maps = next((name for name in MAPS if isinstance(getattr(home, name, None), nn.ModuleList)), None)
+        if maps is not None:
+            for level in range(len(getattr(home, maps))):
+                found[f"fpn[{level}]"] = Tap(f"net.model.{maps}.{level}")
+        for layer in range(len(home.decoder.layers)):
+            found[f"hidden[{layer}]"] = Tap(f"net.model.decoder.layers.{layer}")
+        return found
+
+
+def _shares(boxes: Tensor, sides: Tensor) -> Tensor:
+    """Return boxes as centre, width and height in shares of an image's sides."""
+    edges = boxes / sides
+    return torch.cat([(edges[:, :2] + edges[:, 2:]) / 2, edges[:, 2:] - edges[:, :2]], dim=1)
+
+
+def build(
+    place: str, options: Mapping[str, Any], num_classes: int | None, pretrained: bool, *, fresh: bool = False
+) -> Transformer:
+    """Return a detector of transformers; nothing is fetched unless `pretrained` asks for it.
+
+    Args:
+        place: a type (`rt_detr`, `d_fine`, `deformable_detr`, ...), a folder, or a name of the hub.
+        options: of the configuration, and `most`.
+        num_classes: K.
+        pretrained: fetch weights by name.
+        fresh: weights for other classes: what answers for classes starts anew.
+
+    Raises:
+        UserError: if transformers is not there, the type or an option is not known, or weights cannot be had.
+    """
+    try:
+        from transformers import AutoConfig, AutoModelForObjectDetection
+        from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES as TYPES
+    except ImportError as error:
+        raise UserError("hf: models need transformers: pip install 'tutelage[hf]'") from error
+    given = dict(options)
+    most = int(given.pop("most", 100))
+    folder = Path(place)
+    if not folder.is_dir() and not pretrained and place not in TYPES:
+        hint = "; `weights: pretrained` fetches it from the hub" if "/" in place else nearest(place, TYPES)
+        raise UserError(f"'hf:{place}' is neither a folder nor a type of detector{hint}")
+    count = {} if num_classes is None else {"num_labels": num_classes}
+    try:
+        if pretrained or _whole(folder):
+            more = {"ignore_mismatched_sizes": True} if fresh else {}
+            net = AutoModelForObjectDetection.from_pretrained(
+                place, local_files_only=folder.is_dir(), **(count if fresh else {}), **given, **more
+            )
+        else:
+            net = AutoModelForObjectDetection.from_config(_configuration(AutoConfig, folder, place, {**count, **given}))
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        raise UserError(f"hf:{place}: {str(error).splitlines()[0]}") from error
+    if num_classes is not None and net.config.num_labels != num_classes:
+        raise UserError(
+            f"hf:{place} tells {net.config.num_labels} classes apart, the data has {num_classes}; `head: fresh` keeps "
+            "the rest and starts what answers for classes anew"
+        )
+    return Transformer(net, most)
+
+
+def _configuration(auto: Any, folder: Path, place: str, options: Mapping[str, Any]) -> Any:
+    if folder.is_dir():
+        return auto.from_pretrained(folder, local_files_only=True, **options)
+    valid: Sequence[str] = [*auto.for_model(place).to_dict(), "num_labels", *BACKBONE]
+    for word in options:
+        if word not in valid:
+            raise ValueError(f"it has no option {word!r}{nearest(word, valid)}")
+    known = {"use_pretrained_backbone": False} if "backbone" in options else {}
+    return auto.for_model(place, **{**known, **options})
+
+
+def _whole(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from detector_case import CLASSES, SIDE, framed, pictures
+from tutelage.core.error import UserError
+from tutelage.core.tap import Recorder
+from tutelage.models.load import load
+from tutelage.tasks.detection import Detection
+
+SMALL = {
+    **{"d_model": 32, "encoder_attention_heads": 2, "encoder_ffn_dim": 16},
+    **{"decoder_attention_heads": 2, "decoder_ffn_dim": 16, "decoder_layers": 2, "num_queries": 20},
+}
+RESNET = {
+    **{"model_type": "rt_detr_resnet", "embedding_size": 8, "hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]},
+    **{"layer_type": "bottleneck", "out_features": ["stage2", "stage3", "stage4"]},
+}
+HGNET = {
+    **{"model_type": "hgnet_v2", "stem_channels": [3, 8, 8], "stage_in_channels": [8, 8, 16, 16]},
+    **{"stage_mid_channels": [4, 4, 8, 8], "stage_out_channels": [8, 16, 16, 16], "stage_num_blocks": [1, 1, 1, 1]},
+    **{"stage_downsample": [False, True, True, True], "stage_light_block": [False, False, True, True]},
+    **{"stage_kernel_size": [3, 3, 5, 5], "stage_numb_of_layers": [1, 1, 1, 1], "hidden_sizes": [8, 16, 16, 16]},
+    **{"depths": [1, 1, 1, 1], "embedding_size": 8, "out_features": ["stage2", "stage3", "stage4"]},
+}
+HYBRID = {"encoder_hidden_dim": 32, "encoder_in_channels": [16] * 3, "decoder_in_channels": [32] * 3}
+KINDS: dict[str, dict[str, Any]] = {
+    "rt_detr": {**SMALL, **HYBRID, "hidden_expansion": 0.5, "backbone_config": RESNET},
+    "d_fine": {**SMALL, **HYBRID, "hidden_expansion": 0.5, "backbone_config": HGNET},
+    "deformable_detr": {**SMALL, "encoder_layers": 1, "backbone": "resnet10t", "use_timm_backbone": True},
+}
+
+
+def made(kind: str) -> Any:
+    return load({"model": f"hf:{kind}", **KINDS[kind]}, task="detection", num_classes=CLASSES, seed=0)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_a_detector_of_transformers_learns_and_finds(kind: str) -> None:
+    model = made(kind)
+    batch = framed(*pictures(2))
+    task = Detection(CLASSES)
+    model.module.train()
+    losses = task.loss(task.call(model, batch), batch)
+    losses["matching"].backward()
+    assert losses["matching"].isfinite()
+    model.module.eval()
+    with torch.no_grad():
+        answers = task.call(model, batch)
+    for one in answers.detections():
+        assert one["boxes"].shape[1] == 4
+        assert one["labels"].max() < CLASSES
+        assert bool((one["scores"].diff() <= 0).all())
+        assert bool(((one["boxes"] >= 0) & (one["boxes"] <= SIDE)).all())
+    with pytest.raises(UserError, match="given its targets when it is called"):
+        answers.losses(batch.target)
+
+
+def test_boxes_are_those_of_transformers() -> None:
+    from transformers.models.rt_detr.image_processing_rt_detr import RTDetrImageProcessor
+
+    model = made("rt_detr")
+    model.module.eval()
+    pixels, _ = pictures(2)
+    with torch.no_grad():
+        said = model.module.net(pixels)
+        found = model(pixels).detections()
+    theirs = RTDetrImageProcessor().post_process_object_detection(said, threshold=0.0, target_sizes=[(SIDE, SIDE)] * 2)
+    for one, other in zip(found, theirs, strict=True):
+        count = len(other["scores"])
+        torch.testing.assert_close(one["scores"][:count], other["scores"])
+        assert torch.equal(one["labels"][:count], other["labels"])
+        torch.testing.assert_close(one["boxes"][:count], other["boxes"].clamp(0, SIDE), rtol=1e-4, atol=1e-3)
+
+
+def test_taps_are_what_the_roles_say() -> None:
+    model = made("rt_detr")
+    recorder = Recorder(model.module, model.roles)
+    with recorder:
+        model(pictures(2)[0])
+    taken = recorder.release()
+    assert [taken[f"fpn[{level}]"].shape[-1] for level in range(3)] == [8, 4, 2]
+    assert taken["hidden[1]"].shape == (2, 20, 32)
+
+
+def test_weights_of_a_folder(tmp_path: Path) -> None:
+    model = made("rt_detr")
+    model.module.net.save_pretrained(tmp_path)
+    again = load(f"hf:{tmp_path}", task="detection", num_classes=CLASSES)
+    one, other = model.module.state_dict(), again.module.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    with pytest.raises(UserError, match=f"tells {CLASSES} classes apart, the data has 2"):
+        load(f"hf:{tmp_path}", task="detection", num_classes=2)
+    fresh = load({"model": f"hf:{tmp_path}", "head": "fresh"}, task="detection", num_classes=2)
+    assert fresh.module.net.config.num_labels == 2
+
+
+def test_what_cannot_be_had_is_named() -> None:
+    with pytest.raises(UserError, match="did you mean rt_detr"):
+        load("hf:rtdetr", task="detection", num_classes=2)
+    with pytest.raises(UserError, match=r"no option 'd_modle'.*did you mean d_model"):
+        load({"model": "hf:rt_detr", "d_modle": 3}, task="detection", num_classes=2)
