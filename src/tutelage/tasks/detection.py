@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from tutelage.core import Batch, Model
 from tutelage.core.card import Averages
 from tutelage.core.error import UserError
+from tutelage.core.picture import Picture
 
 COLORS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#008080", "#f032e6", "#9a6324", "#808000", "#000075")
 MOST = 100  # boxes of an image that count
@@ -182,7 +183,7 @@ class Detection:
         truths: list[Any] = []
         found: list[Found] = []
         for output, batch in answers:
-            pictures = self.pictures(output, batch)
+            pictures = self.found(output, batch)
             for picture, truth, known in zip(pictures, batch.extra["truths"], batch.extra["annotated"], strict=True):
                 if known:
                     truths.append(truth)
@@ -196,8 +197,12 @@ class Detection:
             scores |= {f"mask_{name}": value for name, value in more.items()}
         return scores
 
-    def pictures(self, output: Answers, batch: Batch) -> list[Found]:
+    def pictures(self, output: Any, batch: Batch) -> list[Picture]:
         """Return what was found in each image, in the pixels of the image as it lies on disk."""
+        return [*self.found(output, batch)]
+
+    def found(self, output: Answers, batch: Batch) -> list[Found]:
+        """Return the same as tensors."""
         pictures = []
         sizes: Sequence[Any] = batch.extra.get("truths", ())
         scales = batch.extra.get("scale")
@@ -211,7 +216,7 @@ class Detection:
             pictures.append(Found(boxes, cpu["labels"], self.class_names, cpu["scores"].float(), masks, self.shown))
         return pictures
 
-    def truths(self, batch: Batch) -> list[Found]:
+    def truths(self, batch: Batch) -> list[Picture]:
         """Return what each image was annotated with."""
         return [
             Found(truth.boxes, truth.labels, self.class_names, masks=truth.masks if truth.shapes else None)

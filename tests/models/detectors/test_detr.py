@@ -94,8 +94,8 @@ def test_weights_of_a_folder(tmp_path: Path) -> None:
     assert all(torch.equal(one[key], other[key]) for key in one)
     with pytest.raises(UserError, match=f"tells {CLASSES} classes apart, the data has 2"):
         load(f"hf:{tmp_path}", task="detection", num_classes=2)
-    fresh = load({"model": f"hf:{tmp_path}", "head": "fresh"}, task="detection", num_classes=2)
-    assert fresh.module.net.config.num_labels == 2
+    fresh: Any = load({"model": f"hf:{tmp_path}", "head": "fresh"}, task="detection", num_classes=2).module
+    assert fresh.net.config.num_labels == 2
 
 
 def test_what_cannot_be_had_is_named() -> None:
