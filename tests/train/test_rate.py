@@ -71,3 +71,10 @@ def test_a_warm_up_is_written_in_epochs_or_steps() -> None:
     assert Rate.warm(None, 20) == 0
     with pytest.raises(UserError, match="cannot read '3' as a length"):
         Rate.warm("3", 20)
+
+
+def test_a_late_cosine_is_flat_for_half_of_the_run() -> None:
+    found = factors(20, decay="flat_cosine", end=0.1)
+    assert found[:11] == [1.0] * 11
+    assert found[15] == pytest.approx(0.55)
+    assert all(a > b for a, b in zip(found[10:], found[11:], strict=False))

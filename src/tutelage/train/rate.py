@@ -9,7 +9,7 @@ from typing import Literal
 
 from tutelage.core.schedule import Span
 
-Decay = Literal["constant", "cosine", "linear", "poly", "multistep", "exponential"]
+Decay = Literal["constant", "cosine", "flat_cosine", "linear", "poly", "multistep", "exponential"]
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class Rate:
 
     Args:
         decay: `constant`, `cosine`, `linear` or `poly` (what is left of the run, to the power `power`) from 1 to
-            `end`, `multistep` (times `gamma` at each milestone), or `exponential` (times `gamma` an epoch).
+            `end`, `flat_cosine` (1 for half of the run, then a cosine to `end`), `multistep` (times `gamma` at each milestone), or `exponential` (times `gamma` an epoch).
         warmup: optimizer steps of the warm-up from `warmup_start`.
         warmup_start: first factor.
-        end: last factor of cosine, linear and poly.
+        end: last factor of cosine, flat_cosine, linear and poly.
         milestones: in epochs.
         gamma: factor of multistep and exponential.
         power: exponent of poly.
@@ -58,6 +58,9 @@ class Rate:
         progress = min((step - self.warmup) / max(self.total_steps - self.warmup, 1), 1.0)
         if self.decay == "cosine":
             return self.end + (1 - self.end) * (1 + math.cos(math.pi * progress)) / 2
+        if self.decay == "flat_cosine":
+            late = max(2 * step / max(self.total_steps, 1) - 1, 0.0)
+            return self.end + (1 - self.end) * (1 + math.cos(math.pi * min(late, 1.0))) / 2
         if self.decay == "linear":
             return self.end + (1 - self.end) * (1 - progress)
         if self.decay == "poly":
