@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tutelage.core.rebuild import Rebuild as Rebuild
     from tutelage.core.schedule import Schedule as Schedule
     from tutelage.core.signals import Signals as Signals
+    from tutelage.core.stored import Stored as Stored
     from tutelage.core.tap import Tap as Tap
     from tutelage.core.task import Task as Task
     from tutelage.core.teacher import Live as Live
@@ -42,6 +43,7 @@ HOMES = {
     "InputSpec": "model",
     "Live": "teacher",
     "Shared": "teacher",
+    "Stored": "stored",
     "Losses": "objective",
     "Model": "model",
     "Objective": "objective",

@@ -15,7 +15,7 @@ from tutelage.core import Batch, Facts
 from tutelage.core.error import UserError, nearest
 from tutelage.core.task import DENSE
 from tutelage.data import augment
-from tutelage.data.loader import UNREADABLE, Loader
+from tutelage.data.loader import UNREADABLE, Loader, Replay
 from tutelage.data.mix import Mix
 from tutelage.data.samples import Composed, Dense, Held, Joined, Samples, stratified, without
 
@@ -281,6 +281,7 @@ def load(
     rank: int = 0,
     world_size: int = 1,
     sets: Sets | None = None,
+    replay: Replay | None = None,
 ) -> Splits:
     """Return the loaders of a recipe's `data` section.
 
@@ -291,6 +292,7 @@ def load(
         rank: of this process.
         world_size: number of processes.
         sets: in the place of the source.
+        replay: the views that training sees, where answers to them are stored.
 
     Raises:
         UserError: naming the word of the section, or the file, that is wrong.
@@ -332,6 +334,7 @@ def load(
         mixing=_mixing(section, len(train.class_names)),
         rank=rank,
         world_size=world_size,
+        replay=replay,
         **alike,
     )
     return Splits(loader, held_out["validation"], held_out.get("test"), apart)

@@ -4,7 +4,7 @@
 import copy
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tutelage.core import Batch
 from tutelage.core.error import UserError
+from tutelage.core.stored import STORED
 from tutelage.data.samples import Composed, Dense, Held, Samples, to_unit
 from tutelage.functional.noise import keys, mix
 
@@ -35,6 +36,23 @@ class Fetched:
     views: Mapping[str, Tensor]
     failures: Mapping[int, str]
     records: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Views of each sample that come again, a turn each, whatever the seed of a run.
+
+    Args:
+        seed: of the views.
+        views: how many a sample has; the next epoch shows the next one, and after the last the first again.
+        ordered: samples come in their order, also in training: to write down what is said of them.
+        answers: what was said of samples `[B]` at turns `[B]`, by name; the batch carries it.
+    """
+
+    seed: int
+    views: int
+    ordered: bool = False
+    answers: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
 
 
 class Loader:
@@ -62,9 +80,10 @@ class Loader:
         on_error: what to do about a sample that cannot be read: `raise`, or `skip` and note it in `skipped`.
         rank: of this process; it gets its contiguous part of every batch.
         world_size: number of processes.
+        replay: the views that are seen in training, in the place of new ones every epoch.
 
     Raises:
-        UserError: if no batch can be formed.
+        UserError: if no batch can be formed, or if what is replayed would be mixed.
 
     Example:
         >>> from tutelage.data.digits import digits
@@ -92,6 +111,7 @@ class Loader:
         on_error: Literal["raise", "skip"] = "raise",
         rank: int = 0,
         world_size: int = 1,
+        replay: Replay | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, not {batch_size}")
@@ -100,7 +120,10 @@ class Loader:
         self.samples, self.batch_size, self.seed, self.train = samples, batch_size, seed, train
         self.transform, self.views, self.mixing = transform, dict(views or {}), mixing
         self.labelled_per_batch, self.repeats, self.workers = labelled_per_batch, repeats, workers
-        self.on_error, self.rank, self.world_size = on_error, rank, world_size
+        self.on_error, self.rank, self.world_size, self.replay = on_error, rank, world_size, replay
+        if replay is not None and (mixing is not None or views):
+            word = "views" if views else "mixup and data.cutmix"
+            raise UserError(f"data.{word}: stored answers are about single images as they were seen; leave it out")
         #: what could not be read, by the sample's name
         self.skipped: dict[str, str] = {}
         self.labelled = (samples.targets >= 0).nonzero().flatten()
@@ -163,7 +186,7 @@ class Loader:
 
     def _order(self, epoch: int) -> Tensor:
         """Return places in the epoch's pool times repeats, shuffled in training."""
-        if not self.train:
+        if not self.train or (self.replay is not None and self.replay.ordered):
             return torch.arange(len(self.pool))
         if self._known is None or self._known[0] != epoch:
             shuffled = permutation(len(self.pool), mix(self.seed, ORDER, epoch))
@@ -174,18 +197,29 @@ class Loader:
 
     def rows(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
         """Return the sample ids `[B]` and augmentation keys `[B]` of this rank's part of a batch."""
+        ids, turn = self._places(epoch, position)
+        if self.replay is not None:
+            return ids, keys(mix(self.replay.seed, VIEW), keys(1, ids) + turn)
+        return ids, keys(mix(self.seed, VIEW, epoch), keys(1, ids) + turn)
+
+    def _places(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
+        """Return the sample ids `[B]`, and which view of each it is: in its epoch, or of those replayed."""
         span = slice(position * self.fresh, (position + 1) * self.fresh)
         ids = self.pool[self._order(epoch)[span]]
         repeat = torch.arange(span.start, span.start + len(ids)) % self.repeats
+        if self.replay is not None:
+            repeat = (epoch * self.repeats + repeat) % self.replay.views
         if self.labelled_per_batch is not None:
             drawn, cycle = self._labelled(epoch, position)
+            if self.replay is not None:
+                cycle = cycle % self.replay.views
             ids, repeat = torch.cat([drawn, ids]), torch.cat([cycle, repeat])
             if self.train:  # every rank and micro-batch gets of both
                 places = permutation(len(ids), mix(self.seed, PLACE, epoch, position))
                 ids, repeat = ids[places], repeat[places]
         edges = torch.linspace(0, len(ids), self.world_size + 1, dtype=torch.float64).round().long()
         part = slice(int(edges[self.rank]), int(edges[self.rank + 1]))
-        return ids[part], keys(mix(self.seed, VIEW, epoch), keys(1, ids[part]) + repeat[part])
+        return ids[part], repeat[part]
 
     def _labelled(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
         """Return labelled sample ids in turn, and the number of the cycle each belongs to."""
@@ -200,6 +234,14 @@ class Loader:
         return drawn, cycle
 
     def _batch(self, epoch: int, position: int, fetched: Fetched) -> Batch | None:
+        batch = self._composed(epoch, position, fetched)
+        if batch is None or self.replay is None or self.replay.answers is None:
+            return batch
+        ids, turn = self._places(epoch, position)
+        stored = self.replay.answers(ids[fetched.rows], turn[fetched.rows])
+        return replace(batch, extra={**batch.extra, STORED: stored})
+
+    def _composed(self, epoch: int, position: int, fetched: Fetched) -> Batch | None:
         ids, view = self.rows(epoch, position)
         for index, what in fetched.failures.items():
             name = self.samples.name(index)
@@ -230,7 +272,7 @@ class Loader:
             return
         if self._reader is None:
             self._reader = DataLoader(
-                _Fetches(copy.copy(self)),
+                _Fetches(self._reading()),
                 sampler=self._plan,
                 batch_size=None,
                 num_workers=self.workers,
@@ -238,6 +280,13 @@ class Loader:
                 generator=torch.Generator(),  # else the base seed is drawn from the process's generator
             )
         yield from self._reader
+
+    def _reading(self) -> "Loader":
+        """Return what a worker needs of this loader: stored answers are looked up here."""
+        reader = copy.copy(self)
+        if reader.replay is not None:
+            reader.replay = replace(reader.replay, answers=None)
+        return reader
 
     def fetch(self, epoch: int, position: int) -> Fetched:
         """Read and transform this rank's part of a batch."""

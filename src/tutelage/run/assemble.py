@@ -27,6 +27,7 @@ from tutelage.run.given import NOTHING, Given, model_of
 from tutelage.run.objective import build as build_objective
 from tutelage.run.objective import checked, feeders_of, peers_of, rebuilds_of
 from tutelage.run.recipe import Recipe, TaskSection
+from tutelage.run.stored import replay_of, stored_teacher
 from tutelage.train.average import Average
 from tutelage.train.log import Log
 from tutelage.train.loop import Loop
@@ -159,6 +160,8 @@ def teacher_of(recipe: Recipe, data: Splits, weights: Path | None, given: Given)
     section = recipe.teacher
     if section is None or isinstance(given.teacher, Teacher):
         return given.teacher if isinstance(given.teacher, Teacher) else None
+    if section.stored is not None:
+        return stored_teacher(section.stored, recipe, data)
     if given.teacher is not None:
         return Live(model_of(given.teacher, data.sample().inputs, ()), section.mode)
     facts = data.model_facts()
@@ -262,8 +265,9 @@ def assemble(
     """
     settings = recipe.train
     runtime = runtime or Runtime(settings.device, settings.precision)
-    world = {"rank": ranks.rank(), "world_size": ranks.world_size()}
-    data = load_data(recipe.data.model_dump(), task=recipe.task.name, seed=settings.seed, sets=given.sets, **world)
+    world: dict[str, Any] = {"rank": ranks.rank(), "world_size": ranks.world_size()}
+    reading: dict[str, Any] = {"task": recipe.task.name, "seed": settings.seed, "replay": replay_of(recipe)}
+    data = load_data(recipe.data.model_dump(), sets=given.sets, **reading, **world)
     task = task_of(recipe.task, **data.task_facts())
     sample = data.sample(max(1, min(2, recipe.data.batch_size // ranks.world_size())))
     per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)

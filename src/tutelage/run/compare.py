@@ -30,6 +30,7 @@ from tutelage.run.objective import of_methods, peers_of, rebuilds_of
 from tutelage.run.page import comparison_page
 from tutelage.run.recipe import Recipe, TaskSection, load, parse, read_text
 from tutelage.run.resolve import resolve
+from tutelage.run.stored import replay_of
 from tutelage.train.lockstep import InStep, advance
 from tutelage.train.runtime import Runtime
 
@@ -196,7 +197,7 @@ def _groups(arms: Mapping[str, Recipe], apart: bool) -> list[dict[str, Recipe]]:
 
 def _batches(recipe: Recipe) -> tuple[Any, ...]:
     """Return all that the batches of a run depend on."""
-    return recipe.task.name, recipe.data, recipe.train
+    return recipe.task.name, recipe.data, recipe.train, recipe.teacher.stored if recipe.teacher is not None else None
 
 
 def _run(
@@ -227,13 +228,14 @@ def _run(
 def _shared(arms: Mapping[str, Recipe], places: Mapping[str, Path | None], runtime: Runtime) -> dict[str, Given]:
     """Return by arm the batches of all, and the teacher it has in common with others."""
     first, data = next(iter(arms.values())), None
-    world = {"rank": ranks.rank(), "world_size": ranks.world_size()}
-    data = load_data(first.data.model_dump(), task=first.task.name, seed=first.train.seed, sets=None, **world)
+    world: dict[str, Any] = {"rank": ranks.rank(), "world_size": ranks.world_size()}
+    reading: dict[str, Any] = {"task": first.task.name, "seed": first.train.seed, "replay": replay_of(first)}
+    data = load_data(first.data.model_dump(), **reading, **world)
     batches, teachers = InStep(data.train, runtime.device), dict[str, Shared]()
     found = {}
     for name, arm in arms.items():
         section, place, shared = arm.teacher, places[name], None
-        if section is not None and section.mode == "eval":
+        if section is not None and section.mode == "eval" and section.stored is None:
             key = f"{section.model_dump_json()} {arm.student.model_dump_json()}"
             if key not in teachers:
                 teachers[key] = Shared(_teacher(arm, data, place))

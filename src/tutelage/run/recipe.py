@@ -22,6 +22,7 @@ from tutelage.core.error import UserError, nearest
 from tutelage.core.schedule import Span
 
 SHIPPED = Path(__file__).parent.parent / "recipes"
+STORE = "stored:"  # a teacher whose answers lie in a folder
 #: Sections that may be written as one word, and what the word is.
 WORDS = {"task": "name", "teacher": "model", "student": "model", "data": "source", "fit": "when"}
 
@@ -92,10 +93,26 @@ class FitSection(Section):
 
 
 class TeacherSection(StudentSection):
-    """The model that knows; without `fit` it is taken as it is."""
+    """The model that knows; without `fit` it is taken as it is.
+
+    `stored: FOLDER` stands in the place of a model, and of all that is said of it: answers that `tutelage store` has
+    written. It is short for `model: "stored:FOLDER"`.
+    """
 
     mode: Literal["eval", "batch_statistics", "train"] = "eval"
     fit: FitSection | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_store(cls, given: Any) -> Any:
+        if isinstance(given, Mapping) and given.get("stored") is not None:
+            return {"model": f"{STORE}{given['stored']}"}
+        return given
+
+    @property
+    def stored(self) -> Path | None:
+        """The folder of the answers, if they come from disk."""
+        return Path(self.model.removeprefix(STORE)) if self.model.startswith(STORE) else None
 
 
 class DataSection(Section):
@@ -141,7 +158,7 @@ class TrainSection(Section):
 
     epochs: float | None = Field(None, gt=0)
     steps: int | None = Field(None, gt=0)
-    decay: Literal["constant", "cosine", "linear", "poly", "multistep", "exponential"] = "cosine"
+    decay: Literal["constant", "cosine", "flat_cosine", "linear", "poly", "multistep", "exponential"] = "cosine"
     milestones: tuple[float, ...] = ()
     gamma: float = 0.1
     power: float = Field(0.9, gt=0)
