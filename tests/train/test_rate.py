@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -77,4 +78,4 @@ def test_a_late_cosine_is_flat_for_half_of_the_run() -> None:
     found = factors(20, decay="flat_cosine", end=0.1)
     assert found[:11] == [1.0] * 11
     assert found[15] == pytest.approx(0.55)
-    assert all(a > b for a, b in zip(found[10:], found[11:], strict=False))
+    assert all(a > b for a, b in pairwise(found[10:]))

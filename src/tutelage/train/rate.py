@@ -18,7 +18,8 @@ class Rate:
 
     Args:
         decay: `constant`, `cosine`, `linear` or `poly` (what is left of the run, to the power `power`) from 1 to
-            `end`, `flat_cosine` (1 for half of the run, then a cosine to `end`), `multistep` (times `gamma` at each milestone), or `exponential` (times `gamma` an epoch).
+            `end`, `flat_cosine` (1 for half of the run, then a cosine to `end`), `multistep` (times `gamma` at each
+            milestone), or `exponential` (times `gamma` an epoch).
         warmup: optimizer steps of the warm-up from `warmup_start`.
         warmup_start: first factor.
         end: last factor of cosine, flat_cosine, linear and poly.
