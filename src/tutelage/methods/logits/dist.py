@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_logits
 from tutelage.functional.collective import gather_rows
 from tutelage.functional.precision import full_precision
 
@@ -117,11 +118,7 @@ def dist(
 
     Reference: Huang et al., Knowledge Distillation from A Stronger Teacher, NeurIPS 2022.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise UserError(
-            f"dist takes two [B, K] tensors of logits: the student's are {list(student_logits.shape)}, "
-            f"the teacher's {list(teacher_logits.shape)}"
-        )
+    check_logits(student_logits, teacher_logits, "dist")
     p, q = (F.softmax(logits / temperature, dim=1) for logits in (student_logits, teacher_logits))
     columns = [gather_rows(side)[0] for side in (p, q)] if gather else [p, q]
     inter = 1 - pearson(p, q, 1, form=form, eps=eps)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tutelage.core import Batch, Card, Facts, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_classes, check_logits, class_target, two_classes
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
 from tutelage.functional.target import class_index, without
@@ -89,16 +90,8 @@ def dkd(
 
     Reference: Zhao et al., Decoupled Knowledge Distillation, CVPR 2022, eq. 7-8.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape or student_logits.shape[1] < 2:
-        raise UserError(
-            "dkd takes two [B, K] tensors of logits of two classes or more: the student's are "
-            f"{list(student_logits.shape)}, the teacher's {list(teacher_logits.shape)}"
-        )
-    if target.shape != student_logits.shape[:1]:
-        raise UserError(
-            f"dkd takes one class a row, [{len(student_logits)}], not a target of shape {list(target.shape)}; "
-            "it cannot use soft labels"
-        )
+    check_logits(student_logits, teacher_logits, "dkd", classes=2)
+    check_classes(target, student_logits, "dkd")
     index = class_index(target, labelled, teacher_logits)
     student, teacher = student_logits / temperature, teacher_logits / temperature
     target_part = kl_divergence(_against_others(student, index), _against_others(teacher, index))
@@ -124,8 +117,7 @@ class DKD(Term):
 
     def caveats(self, facts: Facts) -> tuple[str, ...]:
         """Return what two classes leave of the method."""
-        lost = "with two classes there is one wrong class, and nothing to compare in it: the target part alone is left"
-        return (lost,) if facts.num_classes == 2 else ()
+        return two_classes(facts)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `target` and `nontarget`.
@@ -133,12 +125,10 @@ class DKD(Term):
         Raises:
             UserError: if the targets of the data are no classes.
         """
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"dkd needs class labels, and this data has {type(batch.target).__name__} for a target")
         return dkd(
             student.logits,
             teacher.logits,
-            batch.target,
+            class_target(batch, "dkd"),
             batch.labelled,
             alpha=self.alpha,
             beta=self.beta,

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_logits
 from tutelage.functional.divergence import soft_cross_entropy
 from tutelage.functional.precision import full_precision
 from tutelage.functional.top import largest, spread
@@ -120,11 +121,7 @@ def fkd(
 
     Reference: Shen and Xing, A Fast Knowledge Distillation Framework for Visual Recognition, ECCV 2022.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise UserError(
-            f"fkd takes two [B, K] tensors of logits: the student's are {list(student_logits.shape)}, "
-            f"the teacher's {list(teacher_logits.shape)}"
-        )
+    check_logits(student_logits, teacher_logits, "fkd")
     index, value = store(teacher_logits.detach(), form=form, k=k)
     target = recover(index, value, student_logits.shape[1], form=form)
     return soft_cross_entropy(student_logits / temperature, target).sum() / max(len(student_logits), 1)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Reads, Signals, Tap, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import class_target
 from tutelage.functional.collective import gather_rows
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
@@ -235,15 +236,13 @@ class MLKD(Term):
         Raises:
             UserError: if the targets of the data are no classes.
         """
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"mlkd needs class labels, and this data has {type(batch.target).__name__} for a target")
         strong = f"logits@{self.view}"
         return mlkd(
             student.logits,
             student[strong],
             teacher.logits,
             teacher[strong],
-            batch.target,
+            class_target(batch, "mlkd"),
             batch.labelled,
             alpha=self.alpha,
             beta=self.beta,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Facts, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_logits, class_target, two_classes
 from tutelage.functional.divergence import soft_cross_entropy
 from tutelage.functional.precision import full_precision
 from tutelage.functional.target import class_index, without
@@ -82,11 +83,7 @@ def nkd(
 
     Reference: Yang et al., From Knowledge Distillation to Self-Knowledge Distillation, ICCV 2023, section 3.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape or student_logits.shape[1] < 2:
-        raise UserError(
-            "nkd takes two [B, K] tensors of logits of two classes or more: the student's are "
-            f"{list(student_logits.shape)}, the teacher's {list(teacher_logits.shape)}"
-        )
+    check_logits(student_logits, teacher_logits, "nkd", classes=2)
     rows, classes = student_logits.shape
     if target.shape not in ((rows,), (rows, classes)):
         raise UserError(
@@ -117,8 +114,7 @@ class NKD(Term):
 
     def caveats(self, facts: Facts) -> tuple[str, ...]:
         """Return what two classes leave of the method."""
-        lost = "with two classes there is one wrong class, and nothing to compare in it: the target part alone is left"
-        return (lost,) if facts.num_classes == 2 else ()
+        return two_classes(facts)
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `target` and `nontarget`.
@@ -126,12 +122,10 @@ class NKD(Term):
         Raises:
             UserError: if the targets of the data are no classes.
         """
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"nkd needs class labels, and this data has {type(batch.target).__name__} for a target")
         return nkd(
             student.logits,
             teacher.logits,
-            batch.target,
+            class_target(batch, "nkd"),
             batch.labelled,
             gamma=self.gamma,
             temperature=self.temperature,

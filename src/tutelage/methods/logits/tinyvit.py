@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_logits
 from tutelage.functional.precision import full_precision
 from tutelage.functional.top import largest, spread
 
@@ -147,11 +148,7 @@ def tinyvit(student_logits: Tensor, teacher_logits: Tensor, *, k: int = 100, for
 
     Reference: Wu et al., TinyViT: Fast Pretraining Distillation for Small Vision Transformers, ECCV 2022.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise UserError(
-            f"tinyvit takes two [B, K] tensors of logits: the student's are {list(student_logits.shape)}, "
-            f"the teacher's {list(teacher_logits.shape)}"
-        )
+    check_logits(student_logits, teacher_logits, "tinyvit")
     index, value = store(teacher_logits.detach(), k=k)
     target = recover(index, value.to(student_logits.dtype), student_logits.shape[1], form=form)
     log_probs = F.log_softmax(student_logits, dim=1).where(target != 0, 0.0)

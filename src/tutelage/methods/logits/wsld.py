@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_classes, check_logits, class_target
 from tutelage.functional.divergence import cross_entropy, kl_divergence
 from tutelage.functional.precision import full_precision
 from tutelage.functional.target import class_index
@@ -84,16 +85,8 @@ def wsld(
 
     Reference: Zhou et al., Rethinking Soft Labels for Knowledge Distillation, ICLR 2021.
     """
-    if student_logits.ndim != 2 or student_logits.shape != teacher_logits.shape:
-        raise UserError(
-            f"wsld takes two [B, K] tensors of logits: the student's are {list(student_logits.shape)}, "
-            f"the teacher's {list(teacher_logits.shape)}"
-        )
-    if target.shape != student_logits.shape[:1]:
-        raise UserError(
-            f"wsld takes one class a row, [{len(student_logits)}], not a target of shape "
-            f"{list(target.shape)}; it cannot use soft labels"
-        )
+    check_logits(student_logits, teacher_logits, "wsld")
+    check_classes(target, student_logits, "wsld")
     index = class_index(target, labelled, teacher_logits)
     student_loss, teacher_loss = (
         F.cross_entropy(logits.detach(), index, reduction="none") for logits in (student_logits, teacher_logits)
@@ -123,12 +116,10 @@ class WSLD(Term):
         Raises:
             UserError: if the targets of the data are no classes.
         """
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"wsld needs class labels, and this data has {type(batch.target).__name__} for a target")
         return wsld(
             student.logits,
             teacher.logits,
-            batch.target,
+            class_target(batch, "wsld"),
             batch.labelled,
             temperature=self.temperature,
             form=self.form,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import class_target
 from tutelage.core.layers import Places
 from tutelage.core.tap import expand
 from tutelage.functional.divergence import cross_entropy, kl_divergence, soft_cross_entropy
@@ -263,8 +264,6 @@ class BYOT(Term):
         Raises:
             UserError: if the data has no class labels, or a batch norm would get a single value a channel.
         """
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"byot needs class labels, and this data has {type(batch.target).__name__} for a target")
         deepest = teacher[self.teacher_tap.name]
         if self.training and deepest.numel() == deepest.shape[1]:
             raise UserError(
@@ -280,7 +279,7 @@ class BYOT(Term):
             [feature for _, feature in answers],
             teacher.logits,
             deepest.mean((2, 3), dtype=torch.promote_types(deepest.dtype, torch.float32)),
-            batch.target,
+            class_target(batch, "byot"),
             batch.labelled,
             alpha=self.alpha,
             beta=self.beta,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Draw, Facts, Outcome, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import class_target
 from tutelage.functional.bank import write
 from tutelage.functional.divergence import soft_cross_entropy
 from tutelage.functional.precision import full_precision
@@ -169,10 +170,9 @@ class PSKD(Term):
         Raises:
             UserError: if the data has no class labels.
         """
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"ps_kd needs class labels, and this data has {type(batch.target).__name__} for a target")
+        target = class_target(batch, "ps_kd")
         known = share * self.seen[batch.index]
-        loss = ps_kd(student.logits, batch.target, self.past[batch.index], known, batch.labelled)
+        loss = ps_kd(student.logits, target, self.past[batch.index], known, batch.labelled)
         answer = student.logits.detach().float().softmax(dim=1)
         return Outcome({"ps_kd": loss}, {"index": batch.index, "answer": answer})
 

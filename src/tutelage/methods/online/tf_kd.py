@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import class_target
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
 
@@ -176,12 +177,10 @@ class TfKD(Term):
         """
         if teacher is not None:
             return tf_kd(student.logits, teacher.logits, temperature=self.temperature, form=self.form)
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"tf_kd needs class labels, and this data has {type(batch.target).__name__} for a target")
         return tf_kd(
             student.logits,
             None,
-            batch.target,
+            class_target(batch, "tf_kd"),
             batch.labelled,
             temperature=self.temperature,
             correct=self.correct,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Signals, Term, ranks
 from tutelage.core.error import UserError
+from tutelage.core.labels import class_target
 from tutelage.functional.precision import full_precision
 
 CARD = Card(
@@ -122,6 +123,5 @@ class TfNKD(Term):
         Raises:
             UserError: if the targets of the data are no classes.
         """
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"tf_nkd needs class labels, and this data has {type(batch.target).__name__} for a target")
-        return tf_nkd(student.logits, batch.target, batch.labelled, gather=self.gather)
+        target = class_target(batch, "tf_nkd")
+        return tf_nkd(student.logits, target, batch.labelled, gather=self.gather)

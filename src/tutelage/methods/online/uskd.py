@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term, ranks
 from tutelage.core.error import UserError
+from tutelage.core.labels import class_target
 from tutelage.functional.divergence import soft_cross_entropy
 from tutelage.functional.precision import full_precision
 
@@ -240,12 +241,10 @@ class USKD(Term):
         feature = student[self.student_tap.name]
         if feature.ndim == 4:
             feature = feature.mean((2, 3), dtype=torch.promote_types(feature.dtype, torch.float32))
-        if not isinstance(batch.target, Tensor):
-            raise UserError(f"uskd needs class labels, and this data has {type(batch.target).__name__} for a target")
         return uskd(
             student.logits,
             self.weak_head(feature.to(self.weak_head.weight.dtype)),
-            batch.target,
+            class_target(batch, "uskd"),
             batch.labelled,
             alpha=self.alpha,
             beta=self.beta,

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tutelage.core import Batch, Facts
+from tutelage.core.error import UserError
+from tutelage.core.labels import check_classes, check_logits, class_target, two_classes
+
+BATCH = Batch.of(torch.zeros(2, 1), torch.tensor([0, 1]))
+
+
+def test_the_target_of_a_classifier_is_itself() -> None:
+    assert class_target(BATCH, "kd") is BATCH.target
+    with pytest.raises(UserError, match=r"^kd needs class labels, and this data has dict for a target$"):
+        class_target(replace(BATCH, target={}), "kd")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "classes", "fits"),
+    [((2, 3), (2, 3), 2, True), ((2, 1), (2, 1), 1, True), ((2, 1), (2, 1), 2, False), ((2, 3), (2, 4), 1, False)],
+)
+def test_logits_of_one_shape(student: tuple[int, ...], teacher: tuple[int, ...], classes: int, fits: bool) -> None:
+    given = torch.zeros(student), torch.zeros(teacher)
+    if fits:
+        check_logits(*given, "kd", classes=classes)
+        return
+    several = " of two classes or more" if classes == 2 else ""
+    said = f"kd takes two [B, K] tensors of logits{several}: the student's are {[*student]}, the teacher's {[*teacher]}"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        check_logits(*given, "kd", classes=classes)
+
+
+def test_one_class_a_row() -> None:
+    check_classes(torch.tensor([0, 1]), torch.zeros(2, 3), "dkd")
+    said = "dkd takes one class a row, [2], not a target of shape [2, 3]; it cannot use soft labels"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        check_classes(torch.zeros(2, 3), torch.zeros(2, 3), "dkd")
+
+
+def test_two_classes_are_a_caveat() -> None:
+    assert two_classes(Facts(num_classes=3)) == ()
+    assert len(two_classes(Facts(num_classes=2))) == 1
