@@ -22,6 +22,7 @@ ASKED = {
     "models": ["tutelage:resnet8"],
     "predict": ["runs/tiny", "digit.png"],
     "report": ["runs/tiny"],
+    "store": ["tiny.yaml", "--out", "answers", "--quiet"],
     "train": ["tiny.yaml", "--quiet"],
 }
 

@@ -17,13 +17,16 @@ def compare(
     ] = None,
     seeds: Annotated[str | None, typer.Option(help="Seeds, e.g. 0,1,2; the recipe's own, or five, by default.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; runs/compare-NAME by default.")] = None,
+    apart: Annotated[
+        bool, typer.Option("--apart", help="One arm after another: slower, in the memory of one student.")
+    ] = False,
     sets: Sets = [],  # noqa: B006  (typer reads the default)
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run recipes, or methods on one recipe, one after another over the same seeds.
+    """Run recipes, or methods on one recipe, over the same seeds.
 
-    The student alone, with plain and with smoothed labels, is always among them. What has run is not run again.
+    Arms of one seed go side by side, and a teacher answers each batch once for all of them. The student alone, with plain and with smoothed labels, is always among them. What has run is not run again.
     """
     from tutelage.run.compare import asked, compare
 
@@ -34,6 +37,7 @@ def compare(
         out or Path("runs", f"compare-{Path(recipes[0]).stem}"),
         title=f"{Path(recipes[0]).stem}: {len(arms)} ways to train one student",
         quiet=quiet,
+        apart=apart,
         say=(lambda text: None) if quiet else remark,
     )
     if as_json:
