@@ -165,7 +165,6 @@ def test_what_does_not_fit_is_named(output: Tensor, target: Tensor, message: str
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_weights": (1.0,)}, "class_weights gives 1 numbers for 3 classes"),
         ({"label_smoothing": 1.0}, "label_smoothing is a share"),
         ({"scales": ()}, "scales are sizes"),
         ({"scales": (0.0,)}, "scales are sizes"),
@@ -178,6 +177,12 @@ def test_what_does_not_fit_is_named(output: Tensor, target: Tensor, message: str
 def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Segmentation(3, **options)
+
+
+def test_as_many_weights_as_classes() -> None:
+    task = Segmentation(3, class_weights=(1.0, 2.0))
+    with pytest.raises(UserError, match="task.class_weights gives 2 numbers for 3 classes"):
+        task.loss(noise(0, 1, 3, 2, 2), batch_of(drawn(0, 1, 2, 2)))
 
 
 # what is ignored

@@ -219,8 +219,6 @@ class Segmentation:
         scales: tuple[float, ...] = (1.0,),
         flip: bool = False,
     ) -> None:
-        if class_weights is not None and len(class_weights) != num_classes:
-            raise UserError(f"class_weights gives {len(class_weights)} numbers for {num_classes} classes")
         if not 0 <= label_smoothing < 1:
             raise UserError(f"label_smoothing is a share in [0, 1), not {label_smoothing}")
         if not scales or min(scales) <= 0:
@@ -287,6 +285,10 @@ class Segmentation:
             )
         if logits.shape[1] != self.num_classes:
             raise UserError(f"the model has {logits.shape[1]} classes, the data {self.num_classes}")
+        if self.class_weights is not None and len(self.class_weights) != self.num_classes:
+            raise UserError(
+                f"task.class_weights gives {len(self.class_weights)} numbers for {self.num_classes} classes"
+            )
         return logits
 
     # --- evaluation --------------------------------------------------------------------------------------
