@@ -181,7 +181,7 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
 
 def test_as_many_weights_as_classes() -> None:
     task = Segmentation(3, class_weights=(1.0, 2.0))
-    with pytest.raises(UserError, match="task.class_weights gives 2 numbers for 3 classes"):
+    with pytest.raises(UserError, match=r"task.class_weights gives 2 numbers for 3 classes"):
         task.loss(noise(0, 1, 3, 2, 2), batch_of(drawn(0, 1, 2, 2)))
 
 
