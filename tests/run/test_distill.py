@@ -8,8 +8,9 @@ import torch
 from tiny_recipe import KD_MGD, MODEL
 from tutelage.core import Live
 from tutelage.core.error import UserError
+from tutelage.models.load import load as load_model
 from tutelage.run.assemble import assemble
-from tutelage.run.distill import distill, rehearse, teacher_recipe
+from tutelage.run.distill import distill, rehearse, score, teacher_recipe
 from tutelage.run.recipe import Recipe, parse
 from tutelage.train.log import Log
 from tutelage.train.runtime import Runtime
@@ -167,3 +168,26 @@ def test_hooks_are_gone_when_a_run_ends() -> None:
     assert any(module._forward_hooks for module in made.student.module.modules())
     student = made.settled()
     assert not any(module._forward_hooks for module in student.module.modules())
+
+
+# --- students that learn together --------------------------------------------------------------------------
+
+
+def test_every_student_of_a_cohort_is_kept(tmp_path: Path) -> None:
+    model = KD_MGD["student"]["model"]
+    objective = {
+        "task": 1.0,
+        "dml": {"weight": 1.0, "student": "student", "teacher": "peer"},
+        "back": {"method": "dml", "weight": 1.0, "student": "peer", "teacher": "student"},
+    }
+    recipe = parse({**KD_MGD, "teacher": None, "peers": {"peer": {"model": model, "width": 6}}, "objective": objective})
+    found = distill(recipe, tmp_path / "run", quiet=True)
+    result = found.folder.result()
+    assert result is not None
+    kept = load_model(f"run:{found.folder.path}/peers/peer", num_classes=10, in_channels=1)
+    assert len(kept.module.state_dict()["0.weight"]) == 6
+    made = assemble(recipe)
+    again = score(kept, made.task, made.data.validation, torch.device("cpu"))
+    assert result["peers"] == {"peer": pytest.approx(again)}
+    before = made.distiller.models["peer"].module.state_dict()
+    assert not torch.equal(kept.module.state_dict()["0.weight"], before["0.weight"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tutelage.core import Batch
+from tutelage.core import Batch, Model
 from tutelage.core.task import answer as answered
 from tutelage.report.measure import evaluating
 from tutelage.run.assemble import Assembled
@@ -23,11 +23,13 @@ class Closing:
         teacher: its scores on the same split, or None without a teacher that answers live.
         agreement: share of the split for which student and teacher name the same class, or None.
         classes: number of samples named rightly and number of samples, by class; empty where the task has none.
+        peers: scores on the same split of every other student, by name.
     """
 
     teacher: Mapping[str, float] | None = None
     agreement: float | None = None
     classes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    peers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -41,19 +43,22 @@ def closing(made: Assembled) -> Closing:
         for batch in made.data.validation.epoch(0):
             moved = batch.to(made.runtime.device)
             output = answer(moved)
-            if isinstance(task, Classification):
+            if isinstance(task, Classification) and source in named:
                 named[source].append(task.logits(output).argmax(dim=1))
                 targets.append(moved.target)
             yield output, moved
 
+    def scored(source: str, model: Model) -> Mapping[str, float]:
+        with evaluating(model.module):
+            return task.score(answers(source, lambda batch: answered(task, model, batch)))
+
+    peers = {name: scored(name, model) for name, model in distiller.models.items() if name != "student"}
     scores = None
     teacher = distiller.teachers.get("teacher")
     if teacher is not None and teacher.model is not None:
-        model = teacher.model
-        with evaluating(model.module):
-            scores = task.score(answers("teacher", lambda batch: answered(task, model, batch)))
+        scores = scored("teacher", teacher.model)
     if not isinstance(task, Classification):
-        return Closing(scores)
+        return Closing(scores, peers=peers)
     targets.clear()
     with evaluating(distiller.student):
         for _ in answers("student", distiller.answer):
@@ -64,4 +69,5 @@ def closing(made: Assembled) -> Closing:
         scores,
         agreement(student, torch.cat(named["teacher"])) if named["teacher"] else None,
         dict(zip(made.data.class_names, zip(right, there, strict=True), strict=True)),
+        peers,
     )

@@ -317,11 +317,16 @@ def finish(home: RunFolder, made: Assembled, scores: Mapping[str, float]) -> Res
         rebuilds = [*student.source.get("rebuilds", ()), *(rebuild.record() for rebuild in made.rebuilds)]
         card = {**student.source, "task": made.task.name, **({"rebuilds": rebuilds} if rebuilds else {})}
         home.save_student(student.module, card)
+        for name, peer in made.distiller.models.items():
+            if name != "student":
+                peer.module.eval().to("cpu")
+                home.peer(name).save_student(peer.module, {**peer.source, "task": made.task.name})
         found = {
             "metric": made.task.headline,
             "scores": scores,
             "teacher": look.teacher,
             "classes": look.classes,
+            "peers": look.peers,
             "measures": measures.plain(),
             "dry_run": asdict(dry_run),
         }

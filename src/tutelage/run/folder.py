@@ -20,6 +20,7 @@ class RunFolder:
     """`recipe.yaml`, `metrics.jsonl`, `checkpoints/`, `student.safetensors`, `student.json`, `result.json`.
 
     Where the recipe that was asked for left something open, it lies beside the resolved one, as `asked.yaml`.
+    Students that learned along lie in `peers/NAME`: `run:FOLDER/peers/NAME` is a model.
 
     Args:
         path: the folder; made when first written to.
@@ -93,6 +94,10 @@ class RunFolder:
     def recipe(self) -> Recipe:
         """Return the resolved recipe."""
         return read(self.recipe_path)
+
+    def peer(self, name: str) -> "RunFolder":
+        """Return the folder of another student that learned along: its weights and how to build it again."""
+        return RunFolder(self.path / "peers" / name)
 
     def save_student(self, module: nn.Module, card: Mapping[str, Any]) -> None:
         """Write the student's weights and how to build it again."""

@@ -211,9 +211,9 @@ class CompareSection(Section):
 class Recipe(Section):
     """One run.
 
-    `peers` are further students by name, which learn with the first one and are not kept. `inherit` copies parts of
-    the teacher into the student before the training, `{neck: teacher.neck}`, and `freeze` names modules of the
-    student that are not trained. `stages` are run one after the other.
+    `peers` are further students by name, which learn with the first one and are kept beside it. `inherit` copies
+    parts of the teacher into the student before the training, `{neck: teacher.neck}`, and `freeze` names modules of
+    the student that are not trained. `stages` are run one after the other.
     """
 
     paper: Paper | None = None
