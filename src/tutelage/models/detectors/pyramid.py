@@ -19,6 +19,7 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP
 
 from tutelage.core import Tap
 from tutelage.core.error import UserError, nearest
+from tutelage.models.detectors.deformable import deform
 from tutelage.models.detectors.towers import Norm, normalization
 
 #: What follows the levels of the pyramid: two strided convolutions (on its last map, or on the backbone's), one
@@ -132,6 +133,7 @@ class Pyramid(nn.Module):
         frozen_norm: batch norms of the backbone are constants: neither statistics nor scales move.
         norm_eps: added to the variances in the backbone's batch norms; their own where None.
         frozen_stages: so many stages, the stem first, are not trained; 0 trains all.
+        deformable: strides of the backbone's stages whose 3x3 convolutions learn where to look.
 
     Attributes:
         strides: of the maps, by level.
@@ -160,6 +162,7 @@ class Pyramid(nn.Module):
         frozen_norm: bool = False,
         frozen_stages: int = 0,
         norm_eps: float | None = None,
+        deformable: Sequence[int] = (),
     ) -> None:
         super().__init__()
         if extra not in get_args(Extra):
@@ -168,6 +171,12 @@ class Pyramid(nn.Module):
         for stride in levels:
             if stride not in strides:
                 raise UserError(f"backbone {backbone!r} has maps of strides {list(strides)}, none of {stride}")
+        ends: Sequence[str] = getattr(body, "ends", ())
+        for stride in deformable:
+            if stride not in strides or not deform(body.get_submodule(ends[strides.index(stride)])):
+                raise UserError(
+                    f"deformable: backbone {backbone!r} has no 3x3 convolutions that end at stride {stride}"
+                )
         if list(levels) != sorted(set(levels)) or not levels:
             raise UserError(f"levels are strides in ascending order, not {list(levels)}")
         self.body, self.width = body, width

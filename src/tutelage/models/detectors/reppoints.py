@@ -23,6 +23,7 @@ from tutelage.core.error import UserError
 from tutelage.functional.anchors import levels
 from tutelage.functional.boxes import iou_of
 from tutelage.functional.precision import full_precision
+from tutelage.models.detectors.deformable import looked
 from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, focal, matched, one_hot, top
 from tutelage.models.detectors.pyramid import Pyramid
 from tutelage.models.detectors.towers import Norm, rarely, small, tower
@@ -149,13 +150,6 @@ def _losses(
     }
 
 
-@full_precision
-def _look(layer: DeformConv2d, one: Tensor, offset: Tensor) -> Tensor:
-    """Return a convolution at displaced places, which knows no half precision on every device."""
-    out: Tensor = layer(one.to(layer.weight.dtype), offset.to(layer.weight.dtype))
-    return out
-
-
 class Head(nn.Module):
     """Two towers; points, then class logits and better points by what is seen at them.
 
@@ -195,8 +189,8 @@ class Head(nn.Module):
         first = self.first(places)
         slow = (1 - SLOW) * first.detach() + SLOW * first
         offset = slow - self.grid
-        scores = self.cls(F.relu(_look(self.cls_look, kinds, offset)))
-        second = self.points(self.box(F.relu(_look(self.box_look, places, offset))) + first.detach())
+        scores = self.cls(F.relu(looked(self.cls_look, kinds, offset)))
+        second = self.points(self.box(F.relu(looked(self.box_look, places, offset))) + first.detach())
         return scores, first, second
 
     def around(self, points: Tensor, places: Tensor, strides: Tensor) -> Tensor:
