@@ -60,7 +60,7 @@ MASK2FORMER = {
 }
 TINY = {"model": "tutelage:pspnet", "backbone": "tiny8", "width": 16}
 #: Every kind of segmenter: what builds it, the stride of its scores, the number of its stages.
-MODELS = {
+MODELS: dict[str, tuple[str | dict[str, Any], int, int]] = {
     "pspnet": (TINY, 8, 2),
     "pspnet-timm": ({"model": "timm:resnet10t", "width": 16}, 8, 4),
     "pspnet-mobilenet": ({"model": "timm:mobilenetv3_small_050", "width": 16, "output_stride": 16}, 16, 4),
@@ -236,8 +236,8 @@ def test_weights_and_classes_of_a_file(tmp_path: Path) -> None:
 
 
 def test_roles_and_pixels_may_be_said() -> None:
-    spec = {**TINY, "roles": {"map": "stages.0", "classifier": "bottleneck"}, "input": {"size": 32, "mean": [0.5] * 3}}
-    model = load({**spec, "input": {**spec["input"], "std": [1.0] * 3}}, **FACTS)
+    pixels_ = {"size": 32, "mean": [0.5] * 3, "std": [1.0] * 3}
+    model = load({**TINY, "roles": {"map": "stages.0", "classifier": "bottleneck"}, "input": pixels_}, **FACTS)
     assert model.roles["map"].where == "stages.0"
     assert model.modules["classifier"] == "bottleneck"
     assert model.input is not None

@@ -248,7 +248,7 @@ def test_what_models_say_of_ignored_pixels_reaches_no_term(stem: str) -> None:
     student, teacher = case.tensors(3)
     assert teacher is not None
     sizes = {name: side.shape[2:] for name, side in student.items()}
-    whole = max(sizes.values())  # the grids divide it, so that a place stands for whole pixels
+    whole: tuple[int, ...] = max(sizes.values())  # the grids divide it, so that a place stands for whole pixels
     whole = (whole[0] * 2, whole[1] * 2) if stem == "skd" else whole
     target = drawn(3, 6, *whole, classes=3, ignored=False)
     ignored = torch.zeros(target.shape, dtype=torch.bool)

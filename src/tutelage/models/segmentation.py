@@ -119,7 +119,7 @@ def _pixels(found: InputSpec | None, given: Mapping[str, Any] | None) -> InputSp
 def first_outputs(module: nn.Module, inputs: Tensor, *, call: Callable[..., Any] | None, outputs: int) -> Tensor:
     """Return the scores of the first classes alone."""
     found = call(module, inputs) if call else module(inputs)
-    logits: Tensor = found if isinstance(found, Tensor) else getattr(found, "logits", None)
+    logits: Tensor = found if isinstance(found, Tensor) else found.logits
     return logits[:, :outputs]
 
 
@@ -202,8 +202,8 @@ def _own(kind: str, wanted: Wanted) -> Places:
         raise UserError(f"{kind}:{name}: {error}") from error
     except TypeError as error:
         raise UserError(f"{kind}:{name}: {error}") from error
-    body = getattr(getattr(module, "backbone", None), "network", None)
-    if hasattr(body, "pretrained_cfg"):
+    body: Any = getattr(getattr(module, "backbone", None), "network", None)
+    if body is not None and hasattr(body, "pretrained_cfg"):
         seen = body.pretrained_cfg
         mean, std = (by_channels(seen.get(word, (0.5,) * 3), known["in_channels"]) for word in ("mean", "std"))
     return Built(module, InputSpec(None, mean, std, known["in_channels"])), dict(module.places), dict(module.lent)

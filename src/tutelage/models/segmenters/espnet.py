@@ -64,8 +64,10 @@ class Spatial(nn.Module):
         for other in others[1:]:  # without these sums wide dilations leave a grid in the map
             sums.append(sums[-1] + other)
         joined = torch.cat([first, *sums], dim=1)
-        joined = self.bn(joined + x if self.shortcut else joined)
-        return joined if self.nested else self.act(joined)
+        merged: Tensor = self.bn(joined + x if self.shortcut else joined)
+        if not self.nested:
+            merged = self.act(merged)
+        return merged
 
 
 class Encoder(nn.Module):
