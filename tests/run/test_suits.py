@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tutelage import methods
-from tutelage.core.card import Entry
+from tutelage.core.card import Listing
 from tutelage.core.error import UserError
 from tutelage.core.tap import is_role
 from tutelage.run.recipe import SHIPPED, load
@@ -17,7 +17,7 @@ from tutelage.run.suits import base, provided, suited
 DEMOS = sorted(stem for stem in methods.catalogue() if (SHIPPED / stem / "demo.yaml").exists())
 
 
-def reading(entry: Entry, **sides: tuple[str, ...]) -> Entry:
+def reading(entry: Listing, **sides: tuple[str, ...]) -> Listing:
     return replace(entry, card=replace(entry.card, reads=sides))
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tutelage.cli._show import Json, document
-from tutelage.core.card import Card, Entry
+from tutelage.core.card import Card, Listing
 
 SIDES = ("student", "teacher")
 
@@ -48,7 +48,7 @@ def methods(
     print(f"{len(found)} methods. `tutelage methods STEM` shows one, `tutelage demo STEM` tries it.")
 
 
-def plain(entry: Entry) -> dict[str, object]:
+def plain(entry: Listing) -> dict[str, object]:
     """Return a method as plain data."""
     return {"stem": entry.stem, "family": entry.family, **asdict(entry.card)}
 
@@ -71,7 +71,7 @@ def signals(card: Card) -> str:
     return "; ".join(f"{side}: {roles}" if side else roles for side, roles in sides.items())
 
 
-def options(entry: Entry, home: Path) -> dict[str, str]:
+def options(entry: Listing, home: Path) -> dict[str, str]:
     """Return a term's options with their defaults as they are written in its file."""
     text = (home / entry.family / f"{entry.stem}.py").read_text(encoding="utf-8")
     for node in ast.parse(text).body:
@@ -83,7 +83,7 @@ def options(entry: Entry, home: Path) -> dict[str, str]:
     return {}
 
 
-def described(entry: Entry, tasks: Sequence[str], options: dict[str, str]) -> str:
+def described(entry: Listing, tasks: Sequence[str], options: dict[str, str]) -> str:
     """Return a method as text for people."""
     card = entry.card
     rows = {

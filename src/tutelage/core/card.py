@@ -60,7 +60,7 @@ class Card:
 
 
 @dataclass(frozen=True)
-class Entry:
+class Listing:
     """What the catalogue knows of one method file without importing it."""
 
     stem: str
@@ -69,7 +69,7 @@ class Entry:
     objective: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read(path: Path) -> Entry | None:
+def read(path: Path) -> Listing | None:
     """Return the card and the `OBJECTIVE` of a method file, or None if it holds no card.
 
     Raises:
@@ -88,4 +88,4 @@ def read(path: Path) -> Entry | None:
                 objective = ast.literal_eval(value)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path.name}: {name} must be made of literals only ({error})") from error
-    return Entry(path.stem, path.parent.name, card, objective) if card else None
+    return Listing(path.stem, path.parent.name, card, objective) if card else None

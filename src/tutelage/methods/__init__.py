@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from tutelage.core.card import Card, Entry, read
+from tutelage.core.card import Card, Listing, read
 from tutelage.core.error import UserError, nearest
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ T = TypeVar("T")
 
 
 @cache
-def catalogue() -> dict[str, Entry]:
+def catalogue() -> dict[str, Listing]:
     """Return every method found in the folder by stem, without importing any."""
-    entries: dict[str, Entry] = {}
+    entries: dict[str, Listing] = {}
     for path in sorted(Path(__file__).parent.glob("*/*.py")):
         entry = None if path.stem.startswith("_") else read(path)
         if entry is not None:
@@ -38,7 +38,7 @@ def family(stem: str) -> str:
     return entry(stem).family
 
 
-def entry(stem: str) -> Entry:
+def entry(stem: str) -> Listing:
     """Return the catalogue's entry of a method.
 
     Raises:

@@ -5,7 +5,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
-from tutelage.core.card import Entry
+from tutelage.core.card import Listing
 
 TASKS = Path(__file__).parent.parent / "tasks"
 METHODS = Path(__file__).parent.parent / "methods"
@@ -26,7 +26,7 @@ def provided() -> dict[str, frozenset[str]]:
     return found
 
 
-def suited(entry: Entry) -> tuple[str, ...]:
+def suited(entry: Listing) -> tuple[str, ...]:
     """Return the tasks whose models offer all that a method reads, in alphabetical order.
 
     - a method of a family that is named after a task works with that task: `segmentation` compares pixels
