@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from tutelage.core import Batch, Card, Draw, Facts, Outcome, Reads, Signals, Term
+from tutelage.core import Batch, Card, Draw, Facts, Outcome, Signals, Term
+from tutelage.core.around import Around
 from tutelage.core.error import UserError
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
@@ -126,7 +127,7 @@ def kd_each(student_logits: Tensor, teacher_logits: Tensor, temperature: Tensor,
 
 
 @final
-class CTKD(Term):
+class CTKD(Around):
     """KD or another term at a learned temperature, which climbs the loss: see :func:`ctkd`.
 
     Args:
@@ -150,7 +151,7 @@ class CTKD(Term):
         ramp_epochs: int = 10,
         ramp: Ramp = "cosine",
     ) -> None:
-        super().__init__()
+        super().__init__(inner)
         for word, given, valid in (("form", form, ("global", "instance")), ("ramp", ramp, ("cosine", "linear"))):
             if given not in valid:
                 raise UserError(f"{word} {given!r} is not known; valid: {', '.join(valid)}")
@@ -158,7 +159,6 @@ class CTKD(Term):
             raise UserError(f"start must be > 0 and span >= 0, not {start} and {span}")
         if inner is not None and form == "instance":
             raise UserError("form instance has a loss of its own, KD at a temperature for each sample: leave inner out")
-        self.inner = inner
         self.form: Form = form
         self.ramp: Ramp = ramp
         self.start, self.span, self.ramp_epochs = start, span, ramp_epochs
@@ -177,17 +177,9 @@ class CTKD(Term):
     @property
     def card(self) -> Card:
         """This paper's card, with what the inner term says of labels, means and batches."""
-        own = self.inner.card if self.inner is not None else None
-        if own is None:
-            return replace(CARD, zero_at_teacher=self.form == "global")
-        return replace(
-            CARD, labels=own.labels, averages=own.averages, batch=own.batch, zero_at_teacher=own.zero_at_teacher
-        )
-
-    @property
-    def reads(self) -> Reads:
-        """What the inner term reads, or the two logits."""
-        return super().reads if self.inner is None else self.inner.reads
+        own = super().card
+        assert own is not None
+        return own if self.inner is not None else replace(own, zero_at_teacher=self.form == "global")
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:
         """Create the number or the network that gives the temperature, and build the inner term.
@@ -196,9 +188,8 @@ class CTKD(Term):
             UserError: if the logits of the two models differ in shape.
         """
         self.steps_per_epoch = facts.steps_per_epoch
-        if self.inner is not None:
-            self.inner.build(student, teacher, facts)
-        elif teacher is not None and student.logits.shape != teacher.logits.shape:
+        super().build(student, teacher, facts)
+        if self.inner is None and teacher is not None and student.logits.shape != teacher.logits.shape:
             raise UserError(
                 f"ctkd compares logits of one shape: the student's are {list(student.logits.shape)}, "
                 f"the teacher's {list(teacher.logits.shape)}"
@@ -214,8 +205,7 @@ class CTKD(Term):
     def draw(self, student: Signals, teacher: Signals | None, batch: Batch, draw: Draw) -> tuple[Tensor, Any]:
         """Return the strength of the reversal at this step, and the inner term's random numbers."""
         now = strength(1 + draw.step // self.steps_per_epoch, ramp_epochs=self.ramp_epochs, ramp=self.ramp)
-        own = None if self.inner is None else self.inner.draw(student, teacher, batch, draw)
-        return torch.full((), now, device=batch.index.device), own
+        return torch.full((), now, device=batch.index.device), super().draw(student, teacher, batch, draw)
 
     def forward(  # type: ignore[override]
         self, student: Signals, teacher: Signals, batch: Batch, draws: tuple[Tensor, Any]
@@ -235,17 +225,3 @@ class CTKD(Term):
             self.inner, {"temperature": temperature}, given
         )
         return found
-
-    def caveats(self, facts: Facts) -> tuple[str, ...]:
-        """Return those of the inner term."""
-        return () if self.inner is None else self.inner.caveats(facts)
-
-    def commit(self, kept: Mapping[str, Tensor]) -> None:
-        """Let the inner term remember."""
-        if self.inner is not None:
-            self.inner.commit(kept)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return what gives the temperature, and the inner term's own groups."""
-        own = [parameter for name, parameter in self.named_parameters() if not name.startswith("inner.")]
-        return [{"params": own}, *(self.inner.param_groups() if self.inner is not None else [])]

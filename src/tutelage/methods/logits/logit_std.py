@@ -11,7 +11,8 @@ from typing import Any, Literal, final
 
 from torch import Tensor
 
-from tutelage.core import Batch, Card, Draw, Facts, Outcome, Reads, Signals, Term
+from tutelage.core import Batch, Card, Facts, Outcome, Signals, Term
+from tutelage.core.around import Around
 from tutelage.core.error import UserError
 from tutelage.functional.precision import full_precision
 from tutelage.functional.zscore import zscore
@@ -74,7 +75,7 @@ def logit_std(logits: Tensor, *, form: Form = "sample", eps: float = 1e-7) -> Te
 
 
 @final
-class LogitStd(Term):
+class LogitStd(Around):
     """Another term, on standardised logits: see :func:`logit_std`.
 
     The logits of both models and of every view that the term reads are standardised; whatever else it reads
@@ -86,63 +87,24 @@ class LogitStd(Term):
     """
 
     def __init__(self, *, inner: Term, form: Form = "sample") -> None:
-        super().__init__()
+        super().__init__(inner)
         if form not in ("sample", "population"):
             raise UserError(f"form {form!r} is not known; valid: population, sample")
         taps = (*inner.reads.student, *inner.reads.teacher)
         if not any(tap.where == "logits" for tap in taps):
             raise UserError(f"logit_std standardises logits, and {type(inner).__name__} reads none")
-        self.inner = inner
         self.form: Form = form
-
-    @property
-    def card(self) -> Card:
-        """This paper's card, with what the inner term says of labels, means and batches."""
-        own = self.inner.card
-        if own is None:
-            return CARD
-        return replace(
-            CARD,
-            labels=own.labels,
-            averages=own.averages,
-            batch=own.batch,
-            zero_at_teacher=own.zero_at_teacher,
-            adversarial=own.adversarial,
-        )
-
-    @property
-    def reads(self) -> Reads:
-        """What the inner term reads."""
-        return self.inner.reads
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:
         """Build the inner term from standardised signals."""
-        self.inner.build(self._standardised(student), self._standardised(teacher) if teacher else None, facts)
-
-    def draw(self, student: Signals, teacher: Signals | None, batch: Batch, draw: Draw) -> Any:
-        """Return the inner term's random numbers."""
-        return self.inner.draw(student, teacher, batch, draw)
+        super().build(self._standardised(student), self._standardised(teacher) if teacher else None, facts)
 
     def forward(
         self, student: Signals, teacher: Signals | None, batch: Batch, *draws: Any
     ) -> Tensor | Mapping[str, Tensor] | Outcome:
         """Return what the inner term says of standardised signals."""
-        found: Tensor | Mapping[str, Tensor] | Outcome = self.inner(
-            self._standardised(student), self._standardised(teacher) if teacher else None, batch, *draws
-        )
-        return found
-
-    def caveats(self, facts: Facts) -> tuple[str, ...]:
-        """Return those of the inner term."""
-        return self.inner.caveats(facts)
-
-    def commit(self, kept: Mapping[str, Tensor]) -> None:
-        """Let the inner term remember."""
-        self.inner.commit(kept)
-
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Return the inner term's parameters."""
-        return self.inner.param_groups()
+        other = self._standardised(teacher) if teacher else None
+        return super().forward(self._standardised(student), other, batch, *draws)
 
     def _standardised(self, signals: Signals) -> Signals:
         taps = {
