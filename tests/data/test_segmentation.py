@@ -12,9 +12,11 @@ from torch import Tensor
 from tutelage.core.error import UserError
 from tutelage.data.load import Spec, load
 from tutelage.data.samples import Dense
+from tutelage.data.scenes import Scene
+from tutelage.data.scenes import scenes as drawn_scenes
 from tutelage.data.segmentation import Changes, ClassMaps, Record, changed, images, read, resized
 
-SCENES = {"scenes": [6, 3], "side": 48}
+SCENES: dict[str, Any] = {"scenes": [6, 3], "side": 48}
 
 
 def scenes(**words: Any) -> dict[str, ClassMaps]:
@@ -228,3 +230,31 @@ def test_a_row_whose_mask_has_another_size_is_named(tmp_path: Path) -> None:
     spec = Spec(f"hf:{tmp_path / 'set'}", segmentation={"classes": 3})
     with pytest.raises(UserError, match=r"4 masks of another size than their image \(first .*set/train\[0\]: its mask"):
         read("hf", str(tmp_path / "set"), spec)
+
+
+# points instead of maps
+
+
+def test_one_pixel_of_each_digit_keeps_its_class() -> None:
+    whole = scenes()["train"]
+    few = read("scenes", "", Spec("scenes", segmentation={**SCENES, "points": 7}))
+    found = few["train"]
+    for index in range(len(whole)):
+        full, known = whole.read(index).classes, found.read(index).classes
+        kept = known >= 0
+        assert torch.equal(known[kept], full[kept])
+        assert (known == 0).sum() == 7
+        things = digits_of(index)
+        assert (known > 0).sum() == len(things.masks)
+        assert all((known[mask] >= 0).sum() == 1 for mask in things.masks)
+        assert torch.equal(known, found.read(index).classes)
+    assert (few["validation"].read(0).classes >= 0).all()
+
+
+def digits_of(index: int) -> Scene:
+    return drawn_scenes(SCENES["scenes"][0], SCENES["side"])[index]
+
+
+def test_a_negative_number_of_points_is_refused() -> None:
+    with pytest.raises(UserError, match=re.escape("data.segmentation.points counts pixels of the ground, not -1")):
+        read("scenes", "", Spec("scenes", segmentation={"points": -1}))

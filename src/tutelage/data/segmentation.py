@@ -24,13 +24,14 @@ from tutelage.functional.noise import mix, uniform
 
 if TYPE_CHECKING:
     from tutelage.data.load import Spec
+    from tutelage.data.scenes import Scene
 
 #: What may stand before the colon of `data.source`, and which of these come with the package.
 KINDS = ("camvid", "cityscapes", "hf", "masks", "scenes", "voc")
 EMBEDDED = ("scenes",)
 CHECKED = 1000  # masks of a split that are looked at when a set is read; those of larger ones when their turn comes
 LARGEST_CROP = 512  # pixels a side, where nothing is said
-SCALE, TURN, COLOUR = 1, 2, 3  # salts: what a random choice is about
+SCALE, TURN, COLOUR, POINTS = 1, 2, 3, 4  # salts: what a random choice is about
 TRIES = 10  # of a crop in which no class covers too much
 
 
@@ -51,6 +52,8 @@ class Options:
         scenes: numbers of scenes to train and to validate on, for the source `scenes`.
         side: pixels of a scene.
         scene_seed: of the scenes; apart from any run's.
+        points: of the ground that keep their class in a scene to train on, beside one of each digit; every other
+            pixel is ignored. 0 keeps all.
     """
 
     classes: Any = None
@@ -63,6 +66,7 @@ class Options:
     scenes: Sequence[int] = (400, 100)
     side: int = 96
     scene_seed: int = 0
+    points: int = 0
 
     @classmethod
     def parse(cls, given: Mapping[str, Any] | None) -> "Options":
@@ -80,6 +84,8 @@ class Options:
             raise UserError(f"data.segmentation.scenes is [to train on, to validate on], not {options.scenes}")
         if options.multiple < 1:
             raise UserError(f"data.segmentation.multiple counts pixels, at least 1, not {options.multiple}")
+        if options.points < 0:
+            raise UserError(f"data.segmentation.points counts pixels of the ground, not {options.points}")
         if options.colors is not None and not isinstance(options.colors, Mapping):
             raise UserError("data.segmentation.colors gives red, green and blue by class name")
         if isinstance(options.ignore, (str, int)):
@@ -328,12 +334,14 @@ class Drawn:
         side: pixels of one.
         seed: of what is drawn.
         held_out: of the digits of the validation split.
+        points: of the ground that keep their class, beside one of each digit; 0 keeps all pixels.
     """
 
     number: int
     side: int
     seed: int
     held_out: bool
+    points: int = 0
 
     def __len__(self) -> int:
         return self.number
@@ -356,7 +364,32 @@ def _drawn(of: Drawn) -> list[tuple[Tensor, Tensor]]:
     from tutelage.data.scenes import scenes
 
     made = scenes(of.number, of.side, of.seed, held_out=of.held_out)
-    return [(one.image, one.class_map) for one in made]
+    if not of.points:
+        return [(one.image, one.class_map) for one in made]
+    return [(one.image, pointed(one, of.points, mix(of.seed, POINTS, place))) for place, one in enumerate(made)]
+
+
+def pointed(scene: "Scene", ground: int, key: int) -> Tensor:
+    """Return a class map of which one pixel of each thing is known, and so many of the ground.
+
+    Args:
+        scene: with its masks.
+        ground: pixels, drawn at random by the key; fewer where there are not as many.
+        key: of the choice.
+
+    Returns:
+        `[H, W]` int64, -1 elsewhere. The pixel of a thing is that of its own nearest to the middle of all of them.
+    """
+    known = torch.full_like(scene.class_map, IGNORED)
+    for mask in scene.masks:
+        place = mask.nonzero()
+        middle = (place - place.double().mean(0)).square().sum(1).argmin()
+        row, column = place[middle].tolist()
+        known[row, column] = scene.class_map[row, column]
+    free = (scene.class_map == 0).flatten().nonzero()[:, 0]
+    drawn = uniform(key, torch.zeros(1, dtype=torch.int64), (len(free),))[0].argsort()[:ground]
+    known.view(-1)[free[drawn]] = 0
+    return known
 
 
 @final
@@ -536,7 +569,7 @@ def read(kind: str, place: str, spec: "Spec") -> dict[str, ClassMaps]:
     if kind == "scenes":
         names: tuple[str, ...] = ("ground", *class_words(range(10)))
         found: dict[str, Source] = {
-            "train": Drawn(options.scenes[0], options.side, options.scene_seed, False),
+            "train": Drawn(options.scenes[0], options.side, options.scene_seed, False, options.points),
             "validation": Drawn(options.scenes[1], options.side, options.scene_seed, True),
         }
     elif kind == "hf":
