@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tutelage.core import Batch
 from tutelage.core.batch import Frame
 from tutelage.core.error import UserError, nearest
-from tutelage.data.annotations import Annotated, Table, Troubles, encoded
+from tutelage.data.annotations import Annotated, Table, Troubles, encoded, size_of
 from tutelage.data.folder import read_image
 from tutelage.data.samples import to_unit
 
@@ -308,13 +308,40 @@ def read(kind: str, place: str, spec: Any) -> dict[str, Boxed]:
     troubles = Troubles(f"{kind}:{place}" if place else kind)
     tables = _tables(kind, place, options, troubles)
     troubles.settle(spec.on_error)
-    size = spec.image_size
-    square = (size, size) if isinstance(size, int) else tuple(size) if size is not None else None
-    augment = _augment(spec.augment)
+    square, augment = _size(spec.image_size), _augment(spec.augment)
     return {
         split: Boxed(table, options, square, augment, torch.zeros(len(table), dtype=torch.long))
         for split, table in tables.items()
     }
+
+
+def images(paths: Sequence[Path], spec: Any, class_names: tuple[str, ...]) -> Boxed:
+    """Return image files of which nothing is known, brought to the size that a data section says.
+
+    Args:
+        paths: of the files.
+        spec: the section.
+        class_names: by index.
+    """
+    given = {word: value for word, value in (spec.detection or {}).items() if word != "masks"}
+    options = Options.parse(given, str(spec.source).partition(":")[0])
+    table = Table(tuple(_unknown(path) for path in paths), class_names)
+    return Boxed(table, options, _size(spec.image_size), (), torch.full((len(paths),), -1))
+
+
+def _unknown(path: Path) -> Annotated:
+    try:
+        size = size_of(path)
+    except (OSError, SyntaxError):
+        size = (0, 0)  # what is wrong shows when the file is read
+    none = torch.zeros(0)
+    return Annotated(path, size, none.view(0, 4), none.long(), none.bool(), none, name=str(path))
+
+
+def _size(given: int | Sequence[int] | None) -> tuple[int, int] | None:
+    if given is None or isinstance(given, int):
+        return None if given is None else (given, given)
+    return (given[0], given[1])
 
 
 def _tables(kind: str, place: str, options: Options, troubles: Troubles) -> dict[str, Table]:

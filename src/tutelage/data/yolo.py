@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from tutelage.core.error import UserError
-from tutelage.data.annotations import Annotated, Shape, Table, Troubles, sound
+from tutelage.data.annotations import Annotated, Shape, Table, Troubles, size_of, sound
 from tutelage.data.folder import ENDINGS
 
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
@@ -86,16 +86,12 @@ def _label(image: Path) -> Path:
 
 
 def _annotated(path: Path, num_classes: int, troubles: Troubles) -> Annotated | None:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        with Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image) if image.getexif().get(0x0112, 1) != 1 else image
-            size = (upright.height, upright.width)
+        size = size_of(path)
     except FileNotFoundError:
         troubles.note("images that are missing", str(path))
         return None
-    except (UnidentifiedImageError, OSError, SyntaxError):
+    except (OSError, SyntaxError):
         troubles.note("files that are no images", str(path))
         return None
     text = _label(path)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from tutelage.core import InputSpec, Model, Tap
 from tutelage.core.error import UserError, nearest
+from tutelage.core.model import Outputs
 from tutelage.models import weights
+from tutelage.models.detectors.dense import settled
 from tutelage.models.source import Wanted
 
 #: Words of a mapping that are not the constructor's.
@@ -80,7 +82,29 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
         input=_input(pixels, given.get("input")),
         class_names=names,
         source={"num_classes": count},
+        outputs=Outputs(("boxes", "scores", "labels", *(["masks"] if _masks(module) else [])), exported, batched=False),
     )
+
+
+def _masks(module: nn.Module) -> bool:
+    heads = getattr(module, "roi_heads", None)
+    return heads is not None and bool(heads.has_mask())
+
+
+def exported(answers: Any) -> tuple[Tensor, ...]:
+    """Return what an exported copy answers for one image: tensors of one size.
+
+    - `boxes` [most, 4], in the pixels of the image; `scores` [most], descending; `labels` [most]
+    - `masks` [most, 28, 28] of detectors that tell any: shares of each box
+
+    Rows with score 0 stand for nothing. The detections are those of `detections()`.
+    """
+    own = getattr(answers, "exported", None)
+    if callable(own):
+        found: tuple[Tensor, ...] = own()
+        return found
+    boxes, scores, labels = (rows[0] for rows in answers.candidates_of())
+    return settled(boxes, scores, labels, iou=getattr(answers, "iou", None), most=answers.most)
 
 
 def _of(module: nn.Module, word: str) -> dict[str, Any]:

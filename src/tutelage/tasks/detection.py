@@ -5,6 +5,7 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
 import numpy as np
@@ -221,6 +222,24 @@ class Detection:
         return [
             Found(truth.boxes, truth.labels, self.class_names, masks=truth.masks if truth.shapes else None)
             for truth in batch.extra["truths"]
+        ]
+
+    def coco(self, answers: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return plain answers by image file as COCO's results; an image of a number is called by it.
+
+        Categories are class names, as ids differ between sets.
+        """
+        stems = {path: Path(path).stem for path in answers}
+        return [
+            {
+                "image_id": int(stems[path]) if stems[path].isdigit() else stems[path],
+                "category": found["names"][number],
+                "bbox": _wide(box),
+                "score": found["scores"][number],
+                **({"segmentation": found["masks"][number]} if "masks" in found else {}),
+            }
+            for path, found in answers.items()
+            for number, box in enumerate(found["boxes"])
         ]
 
 

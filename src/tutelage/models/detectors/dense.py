@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import batched_nms, box_iou
+from torchvision.ops import batched_nms, box_iou, nms
 
 #: One per image: `boxes` [n, 4] x1, y1, x2, y2; `labels` [n] int64; perhaps `masks` [n, H, W].
 Targets = Sequence[Mapping[str, Tensor]]
@@ -207,3 +207,27 @@ def apart(
         kept = batched_nms(picked["boxes"].float(), picked["scores"].float(), picked["labels"], iou)[:most]
         found.append({name: value[kept] for name, value in picked.items()})
     return found
+
+
+def settled(
+    boxes: Tensor, scores: Tensor, labels: Tensor, *, iou: float | None, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what `apart` keeps of one image, in tensors of one size: for exported copies.
+
+    Args:
+        boxes: `[N, 4]`.
+        scores: `[N]`; those of 0 stand for nothing.
+        labels: `[N]`.
+        iou: overlap above which the lesser goes, or None if all stay.
+        most: boxes.
+
+    Returns:
+        `[most, 4]`, `[most]` descending, and `[most]`; rows with score 0 stand for nothing, and are 0.
+    """
+    if iou is not None:
+        side = boxes.max() + 1  # boxes of other classes are moved out of each other's way
+        kept = nms(boxes + (labels.to(boxes.dtype) * side)[:, None], scores, iou)
+        scores = scores * torch.zeros_like(scores).scatter(0, kept, torch.ones_like(kept, dtype=scores.dtype))
+    best, place = scores.topk(min(most, len(scores)))
+    there = best > 0  # else any of them might be named
+    return boxes[place] * there[:, None], best, labels[place] * there

@@ -7,6 +7,7 @@ on proposals runs only when losses or detections are asked for: a teacher whose 
 References: Ren et al., Faster R-CNN, NeurIPS 2015; He et al., Mask R-CNN, ICCV 2017.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +27,20 @@ from torchvision.models.detection.roi_heads import (
     paste_masks_in_image,
 )
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead, concat_box_prediction_layers
-from torchvision.ops import MultiScaleRoIAlign
+from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from tutelage.core import Tap
 from tutelage.core.error import UserError, nearest
-from tutelage.models.detectors.dense import Targets
+from tutelage.models.detectors.dense import Targets, clipped, decode, settled, top
 from tutelage.models.detectors.pyramid import Pyramid
 
 RATIOS = (0.5, 1.0, 2.0)
 #: How regions are read: two layers, or four convolutions and a layer with batch norms (torchvision's second version).
 BoxHead = Literal["layers", "convolutions"]
 EXTRA = {"pool": 1, "none": 0}
+SMALLEST = 0.01  # pixels a side of a box, as in torchvision
+LEVEL_EPS = 1e-6  # in the choice of a level, as in torchvision
+MOST = 1000  # scores of an exported copy that are looked at
 
 
 @final
@@ -125,6 +129,62 @@ class Answers:
             for row, mask in zip(rows, masks, strict=True):
                 row["masks"] = paste_masks_in_image(mask, row["boxes"], self.size)[:, 0] > 0.5
         return rows
+
+    def exported(self) -> tuple[Tensor, ...]:
+        """Return boxes, scores, labels and perhaps masks of the first image, in tensors of one size.
+
+        Regions are read from every level, of which the right one is kept: so nothing depends on what is seen.
+
+        Returns:
+            `[most, 4]`, `[most]`, `[most]`, and `[most, 28, 28]` shares of each box; rows with score 0 are for nothing.
+        """
+        rpn, heads = self.net.rpn, self.net.roi_heads
+        images = ImageList(self.maps[0].new_zeros(1, 1, *self.size), [self.size])
+        [anchors] = rpn.anchor_generator(images, self.maps)
+        counts = [one.shape[1] * one.shape[2] * one.shape[3] for one in self.objectness]
+        scores, codes = concat_box_prediction_layers(list(self.objectness), list(self.codes))
+        found, start = [], 0
+        for level, count in enumerate(counts):
+            best, place = scores[start : start + count, 0].topk(min(count, rpn._pre_nms_top_n["testing"]))
+            boxes = decode(codes[start : start + count][place], anchors[start : start + count][place])
+            boxes = clipped(boxes[None], self.image_size[:1])[0]
+            large = ((boxes[:, 2:] - boxes[:, :2]) >= rpn.min_size).all(dim=1)
+            found.append((boxes, best.sigmoid() * large, torch.full_like(place, level)))
+            start += count
+        whole = (torch.cat(rows) for rows in zip(*found, strict=True))
+        regions, there, _ = settled(*whole, iou=rpn.nms_thresh, most=rpn._post_nms_top_n["testing"])
+        logits, boxes = heads.box_predictor(heads.box_head(self._read(heads.box_roi_pool, regions)))
+        classes = logits.shape[1]
+        boxes = decode(boxes.view(-1, classes, 4), regions[:, None], heads.box_coder.weights)
+        boxes = clipped(boxes[:, 1:].reshape(1, -1, 4), self.image_size[:1])[0]
+        chance = logits.softmax(dim=1)[:, 1:] * (there > 0)[:, None]
+        large = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(dim=1)
+        best, place, labels = top(chance[None], MOST, heads.score_thresh)
+        box = place[0] * (classes - 1) + labels[0]
+        told = settled(boxes[box], best[0] * large[box], labels[0], iou=heads.nms_thresh, most=heads.detections_per_img)
+        if not heads.has_mask():
+            return told
+        masks = heads.mask_predictor(heads.mask_head(self._read(heads.mask_roi_pool, told[0])))
+        return (
+            *told,
+            masks.gather(1, (told[2] + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0].sigmoid(),
+        )
+
+    def _read(self, pool: MultiScaleRoIAlign, regions: Tensor) -> Tensor:
+        """Return what is read of each region of the first image, at the level of its size."""
+        area = (regions[:, 2:] - regions[:, :2]).prod(dim=1)
+        scales = [2.0 ** round(math.log2(one.shape[-2] / self.size[0])) for one in self.maps[: len(pool.featmap_names)]]
+        lowest, highest = (-round(math.log2(scale)) for scale in (scales[0], scales[-1]))
+        size = area.sqrt() / pool.canonical_scale
+        level = (pool.canonical_level + size.log2() + LEVEL_EPS).floor().clamp(lowest, highest) - lowest
+        read = [
+            roi_align(one[:1], [regions], pool.output_size, scale, pool.sampling_ratio)
+            for one, scale in zip(self.maps, scales, strict=False)
+        ]
+        found: Tensor = read[0]
+        for number, one in enumerate(read[1:], start=1):
+            found = torch.where((level == number)[:, None, None, None], one, found)
+        return found
 
     def _features(self) -> "OrderedDict[str, Tensor]":
         return OrderedDict((str(number), one.float()) for number, one in enumerate(self.maps))
