@@ -20,7 +20,7 @@ from tutelage.run.assemble import task_of
 from tutelage.run.compare import arms_of
 from tutelage.run.distill import teacher_recipe
 from tutelage.run.objective import build, feeders_of, rebuilds_of
-from tutelage.run.recipe import SHIPPED, Recipe, load, parse, read_yaml, shipped
+from tutelage.run.recipe import SHIPPED, Recipe, StudentSection, load, parse, read_yaml, shipped
 from tutelage.run.stages import assembled, recipes_of
 from tutelage.train.log import Log
 
@@ -88,6 +88,11 @@ def unfitted(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"teacher": teacher})
 
 
+def untrained(section: StudentSection) -> dict[str, Any]:
+    """Return a model's words without those that fetch weights."""
+    return {"model": section.model, **{word: v for word, v in section.options.items() if word != "pretrained"}}
+
+
 def embedded(recipe: Recipe) -> bool:
     """Whether the data itself is at hand."""
     kind, task = recipe.data.source.partition(":")[0], recipe.task.name
@@ -103,10 +108,10 @@ def meets_densely(recipe: Recipe) -> None:
     before: Model | None = None
     for one in recipes_of(recipe).values():
         with torch.device("meta"):
-            student = load_model({"model": one.student.model, **one.student.options}, **facts)
+            student = load_model(untrained(one.student), **facts)
             teacher = before
             if one.teacher is not None and one.teacher.model != "previous":
-                teacher = load_model({"model": one.teacher.model, **one.teacher.options}, **facts)
+                teacher = load_model(untrained(one.teacher), **facts)
         for entry in build(one.objective).entries.values():
             for model, taps in ((student, entry.term.reads.student), (teacher, entry.term.reads.teacher)):
                 for tap in taps:
