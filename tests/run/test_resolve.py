@@ -202,6 +202,17 @@ def test_the_libraries_own_weights_are_known_by_their_classes(kind: str, known: 
     assert said[0].startswith(f"{kind} tells {known} classes apart, the data has 10: it is fitted to the data first")
 
 
+@pytest.mark.parametrize(
+    ("model", "library"),
+    [("timm:test_resnet", "timm"), ("torchvision:resnet18", "torchvision"), ("tutelage:resnet14", None)],
+)
+def test_weights_that_a_library_has_are_told_of(model: str, library: str | None) -> None:
+    _, said = resolved(taught("digits", {"model": model, "fit": "auto"}))
+    assert said[0].startswith(f"{model} has no weights: it is fitted to the data first")
+    told = f"{library} has weights for it: teacher.weights=pretrained would fetch them and start there"
+    assert said[1:2] == ([told] if library else [])
+
+
 def test_only_what_carries_labels_fits_a_teacher(tmp_path: Path) -> None:
     more = photos(tmp_path / "more", 2)
     data = {"source": "digits", "unlabelled": str(more), "labelled_per_batch": 8, "image_size": 8}

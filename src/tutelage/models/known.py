@@ -23,6 +23,24 @@ def untrained(spec: Mapping[str, Any]) -> bool:
     return kind in BLANK or (kind == "hf" and not _whole(Path(place)))
 
 
+def offered(spec: Mapping[str, Any]) -> bool:
+    """Return whether the library of a model has weights for it, which `weights: pretrained` would fetch.
+
+    Args:
+        spec: a mapping as `tutelage.models.load.load` takes it.
+    """
+    kind, _, place = str(spec["model"]).partition(":")
+    if kind == "timm":
+        import timm
+
+        return bool(timm.is_model_pretrained(place.partition(".")[0]))
+    if kind == "torchvision":
+        import torchvision
+
+        return place in torchvision.models.list_models() and len(torchvision.models.get_model_weights(place)) > 0
+    return False
+
+
 def trained_classes(spec: Mapping[str, Any], num_classes: int) -> int | None:
     """Return how many classes a model's weights tell apart, or None where nothing is known of them.
 

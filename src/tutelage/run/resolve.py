@@ -15,7 +15,7 @@ from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.data.loader import UNREADABLE
 from tutelage.data.samples import Composed, Dense, Held
-from tutelage.models.known import trained_classes, untrained
+from tutelage.models.known import offered, trained_classes, untrained
 from tutelage.models.load import load as load_model
 from tutelage.run.given import NOTHING, Given
 from tutelage.run.recipe import FitSection, Recipe, TeacherSection
@@ -168,6 +168,9 @@ def _teacher(recipe: Recipe, teacher: TeacherSection, num_classes: int, say: Say
         length = f"{words[f'{unit}s']:g} {unit}{'' if words[f'{unit}s'] == 1 else 's'}"
         keeps = " from its weights, with a new last layer" if known is not None else ""
         say(f"{lacks}: it is fitted to the data first{keeps}, {length} (teacher.fit)")
+        if known is None and offered(spec):
+            library = teacher.model.partition(":")[0]
+            say(f"{library} has weights for it: teacher.weights=pretrained would fetch them and start there")
     return TeacherSection.model_validate({**teacher.model_dump(), **teacher.options, **head, "fit": fit.model_dump()})
 
 
