@@ -64,6 +64,7 @@ MODELS: dict[str, tuple[str | dict[str, Any], int, int]] = {
     "pspnet": (TINY, 8, 2),
     "pspnet-timm": ({"model": "timm:resnet10t", "width": 16}, 8, 4),
     "pspnet-mobilenet": ({"model": "timm:mobilenetv3_small_050", "width": 16, "output_stride": 16}, 16, 4),
+    "deeplabv3-own": ({"model": "tutelage:deeplabv3", "backbone": "tiny8", "width": 16, "rates": [2, 4]}, 8, 2),
     "espnet": ({"model": "tutelage:espnet", "p": 1, "q": 1}, 1, 3),
     "lraspp": ("torchvision:lraspp_mobilenet_v3_large", 8, 2),
     "deeplabv3-mobilenet": ("torchvision:deeplabv3_mobilenet_v3_large", 16, 2),
@@ -73,7 +74,16 @@ MODELS: dict[str, tuple[str | dict[str, Any], int, int]] = {
     "upernet": (UPERNET, 4, 4),
     "mask2former": (MASK2FORMER, 4, 4),
 }
-SECOND = ("pspnet", "pspnet-timm", "pspnet-mobilenet", "deeplabv3-mobilenet", "deeplabv3", "fcn", "upernet")
+SECOND = (
+    "deeplabv3-own",
+    "pspnet",
+    "pspnet-timm",
+    "pspnet-mobilenet",
+    "deeplabv3-mobilenet",
+    "deeplabv3",
+    "fcn",
+    "upernet",
+)
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:transformers")
 
 
@@ -266,6 +276,7 @@ def test_a_seed_decides_the_weights() -> None:
         ({**TINY, "weights": "pretrained"}, "tutelage:pspnet comes without weights"),
         ({**TINY, "pretrained": True}, "tutelage:pspnet: backbone 'tiny8' comes without weights"),
         ({**TINY, "input": {"men": 1}}, "input.men is not known; did you mean mean?"),
+        ({"model": "timm:resnet10t", "decoder": "psp"}, "timm:resnet10t: decoder 'psp' is not known; did you mean psp"),
         ("timm:vit_tiny_patch16_224", "timm:vit_tiny_patch16_224: backbone timm:vit_tiny_patch16_224 gives no maps of"),
         ("hf:vit", "'hf:vit' is neither a folder nor a type of segmenter"),
         ({"model": "hf:upernet", "backbone_config": {"depth": 1}}, "backbone_config needs model_type"),

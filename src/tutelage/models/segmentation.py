@@ -20,12 +20,13 @@ from tutelage.core import InputSpec, Model, Tap
 from tutelage.core.error import UserError, nearest
 from tutelage.models import weights
 from tutelage.models.own import MEAN, STD
-from tutelage.models.segmenters.pspnet import PSPNet
 from tutelage.models.segmenters.scores import Scores
 from tutelage.models.source import Built, Wanted, by_channels
 
 #: Words of a mapping that are not the constructor's.
 WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names", "head", "outputs")
+#: What may stand on a backbone of timm.
+DECODERS = ("deeplabv3", "pspnet")
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -45,7 +46,7 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
     - `classifier`: the module that gives the scores
 
     Args:
-        kind: `tutelage`, `timm` (a backbone, under a PSPNet), `torchvision`, `hf` or `python`.
+        kind: `tutelage`, `timm` (a backbone, under a PSPNet or a DeepLabV3), `torchvision`, `hf` or `python`.
         place: what stands after the colon.
         given: the mapping of a recipe: `weights`, `head: fresh`, `roles`, `input`, `outputs` (the model gives
             scores of more classes than the data has, and so many of them count, the first ones) and options of the
@@ -183,13 +184,17 @@ def _build(kind: str, wanted: Wanted) -> Places:
 
 
 def _own(kind: str, wanted: Wanted) -> Places:
-    """Return a network of this library; a backbone of timm stands under a PSPNet."""
+    """Return a network of this library; a backbone of timm stands under a PSPNet, or what `decoder` names."""
     known: dict[str, Any] = {"num_classes": wanted.num_classes or 21, "in_channels": wanted.in_channels or 3}
     mean, std = (MEAN, STD) if known["in_channels"] == 3 else (by_channels((0.5,), known["in_channels"]),) * 2
     name, table = wanted.place, architectures()
+    options = dict(wanted.options)
     if kind == "timm":
         known |= {"backbone": f"timm:{name}", "pretrained": wanted.pretrained}
-        make: Callable[..., nn.Module] = PSPNet
+        decoder = str(options.pop("decoder", "pspnet"))
+        if decoder not in DECODERS:
+            raise UserError(f"timm:{name}: decoder {decoder!r} is not known{nearest(decoder, DECODERS)}")
+        make: Callable[..., nn.Module] = table[decoder]
     elif name not in table:
         raise UserError(f"unknown segmenter 'tutelage:{name}'{nearest(name, table)}")
     elif wanted.pretrained:
@@ -197,7 +202,7 @@ def _own(kind: str, wanted: Wanted) -> Places:
     else:
         make = table[name]
     try:
-        module: Any = make(**known, **wanted.options)
+        module: Any = make(**known, **options)
     except UserError as error:
         raise UserError(f"{kind}:{name}: {error}") from error
     except TypeError as error:
