@@ -88,14 +88,14 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
 
 def _masks(module: nn.Module) -> bool:
     heads = getattr(module, "roi_heads", None)
-    return heads is not None and bool(heads.has_mask())
+    return bool(getattr(module, "tells_masks", heads is not None and heads.has_mask()))
 
 
 def exported(answers: Any) -> tuple[Tensor, ...]:
     """Return what an exported copy answers for one image: tensors of one size.
 
     - `boxes` [most, 4], in the pixels of the image; `scores` [most], descending; `labels` [most]
-    - `masks` [most, 28, 28] of detectors that tell any: shares of each box
+    - `masks` of detectors that tell any: [most, 28, 28], shares of each box; of SOLO [most, H, W], of the image
 
     Rows with score 0 stand for nothing. The detections are those of `detections()`.
     """

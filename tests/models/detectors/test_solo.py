@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -177,21 +178,28 @@ def test_half_precision_is_compared_in_full() -> None:
     assert all(part.dtype == torch.float32 and part.isfinite() for part in losses.values())
 
 
-def test_it_exports() -> None:
-    class First(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = tiny()
+def test_an_exported_copy_tells_the_same() -> None:
+    model = tiny(threshold=0.0, last=0.0, most=20).eval()
+    with torch.no_grad():
+        answers = model(torch.rand(1, 3, 64, 64))
+        [said] = answers.detections()
+        boxes, scores, labels, masks = answers.exported()
+    assert masks.shape == (20, 64, 64)
+    there = scores > 0
+    for name, value in (("boxes", boxes), ("scores", scores), ("labels", labels), ("masks", masks > 0.5)):
+        assert torch.equal(value[there], said[name])
+    assert exported(Told(model), torch.rand(1, 3, 64, 64), ("boxes", "scores", "masks"))
 
-        def forward(self, pixels: Tensor) -> Any:
-            answers = self.model(pixels)
-            return Finest(answers.logits[0], answers.masks[0])
 
-    class Finest:
-        def __init__(self, logits: Tensor, masks: Tensor) -> None:
-            self.logits, self.masks = logits, masks
+class Told(torch.nn.Module):
+    def __init__(self, model: SOLO) -> None:
+        super().__init__()
+        self.model = model
 
-    assert exported(First(), torch.rand(1, 3, 64, 64), ("logits", "masks"))
+    def forward(self, pixels: Tensor) -> Any:
+        return SimpleNamespace(
+            **dict(zip(("boxes", "scores", "labels", "masks"), self.model(pixels).exported(), strict=True))
+        )
 
 
 def test_boxes_alone_are_not_enough() -> None:

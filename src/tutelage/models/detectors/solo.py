@@ -15,7 +15,6 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.ops import masks_to_boxes
 
 from tutelage.core import Tap
 from tutelage.core.error import UserError
@@ -98,38 +97,49 @@ class Answers:
 
     def detections(self) -> list[dict[str, Tensor]]:
         """Return the objects of each image, best first, with masks in the pixels of the batch and boxes around them."""
-        scores = torch.cat([_peaks(one.float().sigmoid()).flatten(2).transpose(1, 2) for one in self.logits], dim=1)
-        # least cells of a mask: one stride of its level's map
-        strides = torch.cat(
-            [torch.full((one.shape[1],), 2 * self.size[0] / one.shape[2], device=one.device) for one in self.masks]
-        )
-        return [
-            self._of(image, scores[image], strides) for image in range(len(scores))
-        ]  # images differ in what they hold
+        found = []
+        for image in range(len(self.image_size)):  # images differ in what they hold
+            boxes, scores, labels, masks = self._told(image)
+            there = scores > 0
+            rows = {"boxes": boxes, "scores": scores, "labels": labels, "masks": masks}
+            found.append({name: value[there] for name, value in rows.items()})
+        return found
 
-    def _of(self, image: int, scores: Tensor, strides: Tensor) -> dict[str, Tensor]:
-        cells, labels = (scores > self.threshold).nonzero(as_tuple=True)
-        best = scores[cells, labels]
-        fine = self.masks[0].shape[2:]
-        drawn = []
+    def exported(self) -> tuple[Tensor, ...]:
+        """Return boxes, scores, labels and masks of the first image, in tensors of one size.
+
+        Returns:
+            `[most, 4]`, `[most]`, `[most]` and `[most, H, W]` in the pixels of the image; rows with score 0 stand for
+            nothing.
+        """
+        boxes, scores, labels, masks = self._told(0)
+        return boxes, scores, labels, masks.float()
+
+    def _told(self, image: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return boxes, scores, labels and masks of an image; rows with score 0 stand for nothing."""
+        scores = torch.cat([_peaks(one[image].float().sigmoid()[None]).flatten(2)[0].T for one in self.logits])
+        classes = scores.shape[1]
+        best, place = scores.flatten().topk(min(self.candidates, scores.numel()))
+        best, cells, labels = best.where(best > self.threshold, 0.0), place // classes, place % classes
+        fine = (self.masks[0].shape[2], self.masks[0].shape[3])
+        maps = best.new_zeros(len(best), *fine)
+        least = torch.zeros_like(best)  # pixels of a mask: one stride of its level's map
         start = 0
         for one in self.masks:
-            here = cells[(cells >= start) & (cells < start + one.shape[1])] - start
-            maps = one[image, here].float().sigmoid()
-            drawn.append(F.interpolate(maps[:, None], fine, mode="bilinear", align_corners=False)[:, 0])
-            start += one.shape[1]
-        maps = torch.cat(drawn)  # cells come in ascending order
-        inner = maps > self.inside
+            end = start + one.shape[1]
+            own = (cells >= start) & (cells < end)
+            drawn = one[image, (cells - start).clamp(0, one.shape[1] - 1)].float().sigmoid()
+            drawn = F.interpolate(drawn[:, None], fine, mode="bilinear", align_corners=False)[:, 0]
+            maps = torch.where(own[:, None, None], drawn, maps)
+            least = least.where(~own, 2.0 * self.size[0] / one.shape[2])
+            start = end
+        inner = (maps > self.inside).to(maps.dtype)
         area = inner.sum((1, 2))
-        large = area > strides[cells]
-        maps, inner, area, best, labels = (part[large] for part in (maps, inner, area, best, labels))
-        best = best * (maps * inner).sum((1, 2)) / area.clamp(min=1)
+        best = (best * (maps * inner).sum((1, 2)) / area.clamp(min=1)).where(area > least, 0.0)
         best, order = best.sort(descending=True, stable=True)
-        order, best = order[: self.candidates], best[: self.candidates]
-        best = best * decay(inner[order].float(), labels[order], self.sigma)
-        best, again = best.sort(descending=True, stable=True)
-        kept = (best > self.last)[: self.most]
-        order, best = order[again][: self.most][kept], best[: self.most][kept]
+        best = best * decay(inner[order], labels[order], self.sigma)
+        best, again = best.where(best > self.last, 0.0).topk(min(self.most, len(best)))
+        order = order[again]
         whole = F.interpolate(maps[order][:, None], self.size, mode="bilinear", align_corners=False)[:, 0]
         masks = (whole > self.inside)[:, : self.pixels[0], : self.pixels[1]]
         rows, columns = (
@@ -137,15 +147,22 @@ class Answers:
             for axis, side in enumerate(self.pixels)
         )
         masks = masks & rows[:, None] & columns
-        there = masks.flatten(1).any(dim=1)
-        masks, best, labels = masks[there], best[there], labels[order][there]
-        boxes = masks_to_boxes(masks) + masks_edge(masks) if len(masks) else masks.new_zeros(0, 4, dtype=torch.float32)
-        return {"boxes": boxes, "scores": best, "labels": labels, "masks": masks}
+        return around(masks), best.where(masks.flatten(1).any(dim=1), 0.0), labels[order], masks
 
 
-def masks_edge(masks: Tensor) -> Tensor:
-    """Return what turns the first and last pixel of a mask into edges: the last pixel's far side."""
-    return torch.tensor([0.0, 0.0, 1.0, 1.0], device=masks.device)
+def around(masks: Tensor) -> Tensor:
+    """Return the boxes `[n, 4]` around masks `[n, H, W]`, from edge to edge of their pixels.
+
+    Example:
+        >>> around(torch.tensor([[[False, False, False], [False, True, True]]]))
+        tensor([[1., 1., 3., 2.]])
+    """
+    edges = []
+    for axis in (1, 2):  # columns, rows
+        there = masks.any(dim=axis).to(torch.uint8)
+        edges.append((there.argmax(dim=1), there.shape[1] - there.flip(1).argmax(dim=1)))
+    (left, right), (upper, lower) = edges
+    return torch.stack([left, upper, right, lower], dim=1).float()
 
 
 def _peaks(scores: Tensor) -> Tensor:
@@ -320,6 +337,9 @@ class SOLO(nn.Module):
         >>> len(found), tuple(found[0]["masks"].shape[1:])
         (2, (64, 64))
     """
+
+    #: exported copies tell masks
+    tells_masks = True
 
     def __init__(
         self,
