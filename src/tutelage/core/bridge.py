@@ -38,7 +38,7 @@ class Across(nn.Module):
 
     Args:
         linear: from width to width, of maps.
-        grid: (height, width) of what is given.
+        grid: (height, width) of what is given, in the dry run.
         tokens: what is given are tokens, row by row.
     """
 
@@ -46,12 +46,18 @@ class Across(nn.Module):
         super().__init__()
         self.linear, self.grid, self.tokens = linear, grid, tokens
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Return a map or tokens of the goal's shape, from a map or tokens."""
+    def forward(self, values: Tensor, like: Tensor | None = None) -> Tensor:
+        """Return a map or tokens of the goal's shape, from a map or tokens.
+
+        Args:
+            values: of the student.
+            like: map of the goal, where images change their size; otherwise the grid is that of the dry run.
+        """
+        grid = self.grid if like is None else (like.shape[2], like.shape[3])
         if values.ndim == 3:
-            values = as_grid(values, self.grid)
-        if values.shape[2:] != self.grid:
-            values = F.interpolate(values, self.grid, mode="bilinear", align_corners=False)
+            values = as_grid(values, grid)
+        if values.shape[2:] != grid:
+            values = F.interpolate(values, grid, mode="bilinear", align_corners=False)
         values = self.linear(values)
         return values.flatten(2).transpose(1, 2) if self.tokens else values
 

@@ -316,3 +316,17 @@ def test_maps_that_do_not_fit(shape: tuple[int, ...], said: str) -> None:
     student, teacher = (Signals(None, {"map": torch.zeros(size)}) for size in (shape, (2, 4, 3, 3)))
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         MGD().build(student, teacher, Facts())
+
+
+def test_the_teachers_grid_may_change_with_the_images() -> None:
+    def signals(height: int, width: int) -> tuple[Signals, Signals]:
+        maps = (torch.randn(2, 3, height, width), torch.randn(2, 5, 2 * height - 1, 2 * width))
+        return Signals(None, {"map": maps[0]}), Signals(None, {"map": maps[1]})
+
+    term = MGD()
+    student, teacher = signals(8, 8)
+    term.build(student, teacher, Facts())
+    rows = Batch.of(torch.zeros(2, 1), torch.tensor([0, 1]))
+    one, other = signals(7, 12)
+    noise = term.draw(one, other, rows, Draw(0, 0, "mgd"))
+    assert term(one, other, rows, noise).isfinite()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tutelage.core import Batch, Card, Draw, Facts, Reads, Signals, Tap, Term
-from tutelage.core.bridge import across, grid_of
+from tutelage.core.bridge import Across, across, grid_of
 from tutelage.core.error import UserError
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
@@ -164,7 +164,8 @@ class MGD(Term):
         drawn = [noise] if isinstance(noise, Tensor) else noise
         distances = []
         for (one, other), align, generate, place in zip(self.names, aligns, generations, drawn, strict=True):
-            aligned = align(student[one])
+            goal = grid_of(teacher[other], student[one])
+            aligned = align(student[one], goal) if isinstance(align, Across) else align(student[one])
             kept = keep_mask(place, self.mask, self.mask_ratio).to(aligned.dtype)
-            distances.append(mgd(generate(aligned * kept), grid_of(teacher[other], student[one])))
+            distances.append(mgd(generate(aligned * kept), goal))
         return torch.stack(distances).sum()
