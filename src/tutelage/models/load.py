@@ -4,9 +4,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tutelage.core import InputSpec, Model, TextSpec
 from tutelage.core.error import UserError, nearest
@@ -20,6 +22,8 @@ from tutelage.models.source import Built, Wanted
 KINDS = ("hf", "python", "run", "timm", "torchvision", "tutelage")
 #: Words of a mapping that are not the constructor's.
 WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names", "head")
+#: Words about first weights alone: a model whose own weights are loaded is built without them.
+FIRST = ("weights", "pretrained", "head")
 
 
 def load(
@@ -83,12 +87,14 @@ def load(
         }
         made: Model = import_module(f"tutelage.models.{task}").load(kind, place, given, facts, seed)
         made.class_names = made.class_names or facts["class_names"]
+        first = {word: value for word, value in given.items() if word not in FIRST}
         made.source = {
-            "model": {word: value for word, value in given.items() if word != "weights"},
+            "model": {**first, **(_configured(made.module) if kind == "hf" and _fetched(given, place) else {})},
             "task": task,
             **{word: facts[word] for word in ("num_classes", "in_channels", "image_size")},
             "class_names": list(made.class_names),
             "geometry": dict(geometry or {}),
+            "input": asdict(made.input) if made.input is not None else None,
             **made.source,
         }
         return made
@@ -125,6 +131,19 @@ def load(
         "input": asdict(built.input) if built.input is not None else None,
     }
     return model
+
+
+def _fetched(given: Mapping[str, Any], place: str) -> bool:
+    """Whether how a model of transformers is built lies on the hub, or in a folder that may go."""
+    return given.get("weights") == "pretrained" or Path(place).is_dir()
+
+
+def _configured(module: nn.Module) -> dict[str, Any]:
+    """Return how to build a dense model of transformers from its configuration alone."""
+    from tutelage.models.transformers import again
+
+    inner = next(one for one in module.modules() if hasattr(getattr(one, "config", None), "to_diff_dict"))
+    return again(inner)
 
 
 def rebuild(record: Mapping[str, Any], seed: int | None = None) -> Model:

@@ -14,6 +14,7 @@ from torch import nn
 
 from tutelage.core import InputSpec, Model, Tap
 from tutelage.core.error import UserError, nearest
+from tutelage.core.model import Outputs
 from tutelage.models import weights
 from tutelage.models.own import MEAN, STD
 from tutelage.models.poses.published import renamed
@@ -85,7 +86,10 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
         raise UserError(f"model '{kind}:{place}': input knows size, mean, std, channels and bgr") from None
     taps = {**_roles(module), **{role: Tap.parse(tap) for role, tap in (given.get("roles") or {}).items()}}
     lent = {name: name for name, _ in module.named_children() if name in ("backbone", "head")}
-    return Model(module, taps, lent, pixels)
+    # weights of the backbone alone are first weights: a run's student is built without them
+    kept = {word: value for word, value in given.items() if word not in ("weights", "backbone")}
+    outputs = Outputs(("simcc_x", "simcc_y"))
+    return Model(module, taps, lent, pixels, source={"model": kept}, outputs=outputs)
 
 
 def _build(

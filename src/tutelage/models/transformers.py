@@ -72,10 +72,10 @@ def build(wanted: Wanted) -> Built:
         raise UserError(f"hf:{name}: {str(error).splitlines()[0]}") from error
     module.eval()
     built = describe(module, name if whole else None, here)
-    return replace(built, again=_again(module)) if whole or here else built
+    return replace(built, again=again(module)) if whole or here else built
 
 
-def _again(module: nn.Module) -> dict[str, Any]:
+def again(module: nn.Module) -> dict[str, Any]:
     """Return how to build a model from its configuration alone: its type, and what differs from the default."""
     config: Any = module.config
     told = {word: value for word, value in config.to_diff_dict().items() if word not in UNTOLD}
