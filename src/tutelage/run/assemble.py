@@ -169,7 +169,7 @@ def teacher_of(recipe: Recipe, data: Splits, weights: Path | None, given: Given)
     spec = {"model": section.model, "weights": chosen, **section.options}
     if weights is None:
         _require_classes(recipe, spec, data)
-        if "class_names" in facts:
+        if "class_names" in facts and recipe.task.name not in DENSE:
             facts["class_names"] = ()  # its own names, if it has any, are held against the data's
     try:
         model = load_model(spec, **facts)
@@ -267,7 +267,7 @@ def assemble(
     runtime = runtime or Runtime(settings.device, settings.precision)
     world: dict[str, Any] = {"rank": ranks.rank(), "world_size": ranks.world_size()}
     reading: dict[str, Any] = {"task": recipe.task.name, "seed": settings.seed, "replay": replay_of(recipe)}
-    data = load_data(recipe.data.model_dump(), sets=given.sets, **reading, **world)
+    data = given.splits or load_data(recipe.data.model_dump(), sets=given.sets, **reading, **world)
     task = task_of(recipe.task, **data.task_facts())
     sample = data.sample(max(1, min(2, recipe.data.batch_size // ranks.world_size())))
     per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)

@@ -182,7 +182,8 @@ def draw(
     section = Spec.parse({**given, "on_error": "skip"})
     model = load(spec(name, weights), task=task.name, num_classes=num_classes)
     samples: Dense = import_module(f"tutelage.data.{task.name}").images(paths, section, tuple(model.class_names))
-    problem = task_of(task, num_classes=len(model.class_names), class_names=tuple(model.class_names))
+    names = tuple(model.class_names)
+    problem = task_of(task, num_classes=len(names), class_names=names, **model.source.get("geometry", {}))
     if not isinstance(problem, Depicting):
         raise UserError(f"answers of {task.name} cannot be drawn")
     runtime = Runtime(device)
