@@ -17,6 +17,7 @@ from tutelage.models.load import load
 from tutelage.models.segmentation import architectures
 from tutelage.models.segmenters.espnet import ESPNet
 from tutelage.models.segmenters.pspnet import PSPNet
+from tutelage.models.weights import OtherClassesError
 from tutelage.tasks.segmentation import Segmentation
 
 FACTS: dict[str, Any] = {
@@ -244,6 +245,30 @@ def test_weights_and_classes_of_a_file(tmp_path: Path) -> None:
     assert torch.equal(
         model.module.state_dict()["bottleneck.0.weight"], torch.load(file, weights_only=True)["bottleneck.0.weight"]
     )
+
+
+def test_published_weights_for_other_classes_need_a_fresh_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    published = load("torchvision:lraspp_mobilenet_v3_large", **{**FACTS, "num_classes": 21}).module.state_dict()
+    monkeypatch.setattr("torchvision.models._api.WeightsEnum.get_state_dict", lambda *_, **__: published)
+    spec = {"model": "torchvision:lraspp_mobilenet_v3_large", "weights": "pretrained"}
+    with pytest.raises(OtherClassesError, match="are for 21 classes, and 5 are wanted; `head: fresh`"):
+        load(spec, **FACTS)
+    model = load({**spec, "head": "fresh"}, **FACTS)
+    key = "classifier.cbr.0.weight"
+    assert torch.equal(model.module.state_dict()[key], published[key])
+    assert load(spec, **{**FACTS, "num_classes": 21})(pixels()).shape[1] == 21
+
+
+def test_a_folder_of_transformers_for_other_classes_needs_a_fresh_head(tmp_path: Path) -> None:
+    whole = made("segformer")
+    whole.module.save_pretrained(tmp_path)  # type: ignore[operator]
+    six = {**FACTS, "num_classes": 6, "class_names": tuple("abcdef")}
+    with pytest.raises(OtherClassesError, match="are for 5 classes, and 6 are wanted; `head: fresh`"):
+        load(f"hf:{tmp_path}", **six)
+    fresh = load({"model": f"hf:{tmp_path}", "head": "fresh"}, **six)
+    key = "decode_head.linear_fuse.weight"
+    assert torch.equal(fresh.module.state_dict()[key], whole.module.state_dict()[key])
+    assert torch.equal(load(f"hf:{tmp_path}", **FACTS)(pixels()), whole(pixels()))
 
 
 def test_roles_and_pixels_may_be_said() -> None:

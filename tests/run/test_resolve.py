@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from photos import photos
 from tutelage.core.error import UserError
 from tutelage.data.objects import sets_of
+from tutelage.models.load import load
 from tutelage.run.given import Given
 from tutelage.run.recipe import Recipe, parse
 from tutelage.run.resolve import AUGMENT, resolve
@@ -160,6 +161,19 @@ def test_weights_for_other_classes_keep_their_body(tmp_path: Path) -> None:
         "timm:test_resnet tells 7 classes apart, the data has 3: it is fitted to the data first from its weights, "
         "with a new last layer, 2 epochs (teacher.fit)"
     )
+
+
+@pytest.mark.parametrize("classes", [7, 11])
+def test_a_segmenter_for_other_classes_is_fitted(tmp_path: Path, classes: int) -> None:
+    own = {"model": "tutelage:pspnet", "backbone": "tiny8", "width": 16}
+    torch.save(load(own, num_classes=classes, task="segmentation").module.state_dict(), tmp_path / "w.pth")
+    sections = {"task": "segmentation", "student": own, "objective": {"cwd": 1}}
+    teacher = {**own, "weights": str(tmp_path / "w.pth"), "fit": "auto"}
+    recipe, said = resolved(asked("scenes", **sections, teacher=teacher))
+    assert recipe.teacher is not None
+    assert (recipe.teacher.fit is None) == (classes == 11)  # ten digits, and the ground
+    assert recipe.teacher.options.get("head") == (None if classes == 11 else "fresh")
+    assert ("tutelage:pspnet tells 7 classes apart, the data has 11" in "".join(said)) == (classes == 7)
 
 
 @pytest.mark.parametrize("fit", ["auto", "never", {"train": {"steps": 2}}])

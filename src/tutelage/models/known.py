@@ -41,12 +41,13 @@ def offered(spec: Mapping[str, Any]) -> bool:
     return False
 
 
-def trained_classes(spec: Mapping[str, Any], num_classes: int) -> int | None:
+def trained_classes(spec: Mapping[str, Any], num_classes: int, task: str | None = None) -> int | None:
     """Return how many classes a model's weights tell apart, or None where nothing is known of them.
 
     Args:
         spec: a mapping as `tutelage.models.load.load` takes it.
         num_classes: of the data: a file of weights is held against a model with so many outputs.
+        task: what a dense model is for.
 
     Raises:
         UserError: if a file of weights cannot be read, or the model is unknown.
@@ -60,7 +61,7 @@ def trained_classes(spec: Mapping[str, Any], num_classes: int) -> int | None:
         return _of_library(kind, place)
     if given is None:
         return None
-    return _of_file(spec, str(given), num_classes)
+    return _of_file(spec, str(given), num_classes, task)
 
 
 def _of_library(kind: str, place: str) -> int | None:
@@ -84,12 +85,12 @@ def _of_library(kind: str, place: str) -> int | None:
     return None
 
 
-def _of_file(spec: Mapping[str, Any], file: str, num_classes: int) -> int | None:
+def _of_file(spec: Mapping[str, Any], file: str, num_classes: int, task: str | None) -> int | None:
     """Return the number of classes of a file of weights: its size where the model's own has the data's classes."""
     from tutelage.models.load import load
 
     state = weights.read(file)
-    own = load({**spec, "weights": None}, num_classes=num_classes).module.state_dict()
+    own = load({**spec, "weights": None}, num_classes=num_classes, task=task).module.state_dict()
     for key in weights.heads(own, state, num_classes):
         return len(state[key])
     return num_classes

@@ -55,7 +55,8 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
         seed: of the initial weights; None draws them from torch's generator.
 
     Raises:
-        UserError: if the model cannot be had, or was made for other classes.
+        UserError: if the model cannot be had.
+        OtherClassesError: if its weights are for other classes, and its head is not to start anew.
 
     Example:
         >>> facts = {"num_classes": 5, "in_channels": 3}
@@ -72,16 +73,17 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
         given.get("weights") == "pretrained",
         {word: value for word, value in given.items() if word not in WORDS},
     )
+    fresh = given.get("head") == "fresh"
     if seed is None:
-        built, taps, lent = _build(kind, wanted)
+        built, taps, lent = _build(kind, wanted, fresh)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            built, taps, lent = _build(kind, wanted)
+            built, taps, lent = _build(kind, wanted, fresh)
     file = given.get("weights")
     if file is not None and not wanted.pretrained:
         state = weights.read(file)
-        weights.fit(built.module, state, file, num_classes=wanted.num_classes, fresh_head=given.get("head") == "fresh")
+        weights.fit(built.module, state, file, num_classes=wanted.num_classes, fresh_head=fresh)
     said = {role: Tap.parse(tap) for role, tap in (given.get("roles") or {}).items()}
     lent |= {role: tap.where for role, tap in said.items() if role == "classifier"}
     named = {role: tap for role, tap in said.items() if role != "classifier"}
@@ -170,11 +172,11 @@ def call_mask2former(module: nn.Module, inputs: Tensor) -> Any:
 Places = tuple[Built, dict[str, Tap], dict[str, str]]
 
 
-def _build(kind: str, wanted: Wanted) -> Places:
+def _build(kind: str, wanted: Wanted, fresh: bool) -> Places:
     if kind == "torchvision":
-        return _torchvision(wanted)
+        return _torchvision(wanted, fresh)
     if kind == "hf":
-        return _transformers(wanted)
+        return _transformers(wanted, fresh)
     if kind == "python":
         from tutelage.models.python import build
 
@@ -214,7 +216,20 @@ def _own(kind: str, wanted: Wanted) -> Places:
     return Built(module, InputSpec(None, mean, std, known["in_channels"])), dict(module.places), dict(module.lent)
 
 
-def _torchvision(wanted: Wanted) -> Places:
+def _require_classes(source: str, known: int, wanted: Wanted, fresh: bool) -> None:
+    """Refuse weights for other classes, whose head would be a random one.
+
+    Raises:
+        OtherClassesError: naming both numbers.
+    """
+    if not fresh and wanted.num_classes not in (None, known):
+        raise weights.OtherClassesError(
+            f"weights: {source} are for {known} classes, and {wanted.num_classes} are wanted; "
+            "`head: fresh` keeps the rest and starts the last layer anew"
+        )
+
+
+def _torchvision(wanted: Wanted, fresh: bool) -> Places:
     import torchvision
 
     name = wanted.place
@@ -229,7 +244,9 @@ def _torchvision(wanted: Wanted) -> Places:
     options: dict[str, Any] = {"weights_backbone": None, **wanted.options}
     if not name.startswith("lraspp"):
         options.setdefault("aux_loss", True)
-    if not wanted.pretrained:
+    if wanted.pretrained:
+        _require_classes(f"torchvision:{name}", len(published.meta["categories"]), wanted, fresh)
+    else:
         options["num_classes"] = wanted.num_classes
     try:
         module = torchvision.models.get_model(name, weights=published if wanted.pretrained else None, **options)
@@ -272,7 +289,7 @@ def _torchvision_taps(module: Any, name: str) -> dict[str, Tap]:
     return {**stages, "map": Tap(before[name.partition("_")[0]])}
 
 
-def _transformers(wanted: Wanted) -> Places:
+def _transformers(wanted: Wanted, fresh: bool) -> Places:
     try:
         from transformers import (
             AutoConfig,
@@ -311,10 +328,11 @@ def _transformers(wanted: Wanted) -> Places:
             else (AutoModelForSemanticSegmentation)
         )
         if whole:
-            module = auto.from_pretrained(name, ignore_mismatched_sizes=True, local_files_only=here, **options)
+            _require_classes(f"hf:{name}", config.num_labels, wanted, fresh)
+            module = auto.from_pretrained(name, ignore_mismatched_sizes=fresh, local_files_only=here, **options)
         else:
             module = auto.from_config(AutoConfig.from_pretrained(name, **options) if here else config)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"hf:{name}: {str(error).splitlines()[0]}") from error

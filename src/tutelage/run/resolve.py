@@ -24,6 +24,8 @@ from tutelage.run.recipe import FitSection, Recipe, TeacherSection
 AUGMENT = ["random_resized_crop", "flip"]
 #: A model of any size is not given images below so many pixels a side, unless it was made for fewer.
 SMALLEST, MULTIPLE = 64, 32
+#: Tasks whose teachers are not held against the number of classes: detectors pick theirs by name, poses have none.
+UNCOUNTED = ("detection", "pose")
 LOOKED_AT = 32  # images whose size is looked at
 #: A fit that starts from trained weights takes so much of the run's length, and of its rate.
 LENGTH, RATE = 1 / 3, 0.3
@@ -64,7 +66,7 @@ def resolve(recipe: Recipe, say: Say = lambda text: None, given: Given = NOTHING
             changes["augment"] = list(AUGMENT)
             say("training images: random resized crop, flip (data.augment)")
     if teacher is not None and open_fit:
-        teacher = _teacher(recipe, teacher, 0 if recipe.task.name in DENSE else data.num_classes, say)
+        teacher = _teacher(recipe, teacher, 0 if recipe.task.name in UNCOUNTED else data.num_classes, say)
     if teacher is not None and teacher.fit is None and given.teacher is None and "image_size" in changes:
         _compare_sizes(teacher, data, pair(changes["image_size"]), say)
     return recipe.model_copy(update={"data": section.model_copy(update=changes), "teacher": teacher})
@@ -145,7 +147,11 @@ def _teacher(recipe: Recipe, teacher: TeacherSection, num_classes: int, say: Say
     fit = teacher.fit
     assert fit is not None
     spec = {"model": teacher.model, "weights": teacher.weights, **teacher.options}
-    known = trained_classes(spec, num_classes) if num_classes and not untrained(spec) else None
+    dense = recipe.task.name in DENSE
+    if num_classes and "outputs" in teacher.options:  # of more classes than the data has, these count
+        num_classes = int(teacher.options.get("num_classes", num_classes))
+    task = recipe.task.name if dense else None
+    known = trained_classes(spec, num_classes, task) if num_classes and not untrained(spec) else None
     lacks = ""
     if untrained(spec):
         lacks = f"{teacher.model} has no weights"
@@ -160,7 +166,7 @@ def _teacher(recipe: Recipe, teacher: TeacherSection, num_classes: int, say: Say
         return teacher.model_copy(update={"fit": fit if fit.when == "always" else None})
     if teacher.model.startswith("run:"):
         raise UserError(f"teacher: {lacks}; the student of a run cannot be fitted to other classes")
-    head = {"head": "fresh"} if known is not None and teacher.weights != "pretrained" else {}
+    head = {"head": "fresh"} if known is not None and (dense or teacher.weights != "pretrained") else {}
     if fit.when == "auto":
         fit = _fit(recipe, fit, trained=known is not None)
         words = {**recipe.train.model_dump(), **fit.train}
