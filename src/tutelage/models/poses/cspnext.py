@@ -114,34 +114,36 @@ class Pyramid(nn.Module):
 
 @final
 class CSPNeXt(nn.Module):
-    """The backbone: a stem of stride 2 and four stages of stride 2.
+    """The backbone: a stem of stride 2 and four stages of stride 2 each.
 
     Args:
         deepen: factor of the number of blocks.
         widen: factor of the widths.
         in_channels: of the images.
+        stages: so many of the four, for small images: three give maps of stride 16.
 
     Reference: Lyu et al., RTMDet: An Empirical Study of Designing Real-Time Object Detectors, arXiv 2212.07784.
     """
 
-    def __init__(self, deepen: float = 1.0, widen: float = 1.0, in_channels: int = 3) -> None:
+    def __init__(self, deepen: float = 1.0, widen: float = 1.0, in_channels: int = 3, stages: int = 4) -> None:
         super().__init__()
+        self.stages = stages
         width = int(64 * widen)
         half = int(64 * widen // 2)
         self.stem = nn.Sequential(
             ConvModule(in_channels, half, 3, stride=2), ConvModule(half, half, 3), ConvModule(half, width, 3)
         )
-        for number, (channels, count, shortcut) in enumerate(STAGES, 1):
+        for number, (channels, count, shortcut) in enumerate(STAGES[:stages], 1):
             goal, blocks = int(channels * widen), max(round(count * deepen), 1)
             layers: list[nn.Module] = [ConvModule(width, goal, 3, stride=2)]
-            layers += [Pyramid(goal)] if number == len(STAGES) else []
+            layers += [Pyramid(goal)] if number == stages else []
             self.add_module(f"stage{number}", nn.Sequential(*layers, CSPLayer(goal, blocks, shortcut=shortcut)))
             width = goal
         self.channels = width
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the last map, `[B, C, ceil(H / 32), ceil(W / 32)]`."""
+        """Return the last map, of stride 32 with four stages."""
         x = self.stem(x)
-        for number in range(1, len(STAGES) + 1):
+        for number in range(1, self.stages + 1):
             x = self.get_submodule(f"stage{number}")(x)
         return x

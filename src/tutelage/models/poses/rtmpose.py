@@ -82,14 +82,15 @@ def _sized(
     s: int = 128,
     expansion: float = 2.0,
     kernel: int = 7,
+    stages: int = 4,
 ) -> RTMPose:
     """Return RTMPose of one size."""
-    backbone = CSPNeXt(deepen, widen, in_channels)
+    backbone = CSPNeXt(deepen, widen, in_channels, stages)
     options = {"in_channels": in_channels, "split": split, "hidden": hidden, "s": s, "kernel": kernel}
     return RTMPose(backbone, num_keypoints, image_size, expansion=expansion, **options)  # type: ignore[arg-type]
 
 
-#: Constructors by name; `deepen` and `widen` may be given anew.
+#: Constructors by name; `deepen`, `widen` and `stages` may be given anew.
 ARCHITECTURES = {
     f"rtmpose_{name}": partial(_sized, deepen=deepen, widen=widen) for name, (deepen, widen) in FACTORS.items()
 }
