@@ -226,8 +226,8 @@ def _run(
 
 
 def _shared(arms: Mapping[str, Recipe], places: Mapping[str, Path | None], runtime: Runtime) -> dict[str, Given]:
-    """Return by arm the batches of all, and the teacher it has in common with others."""
-    first, data = next(iter(arms.values())), None
+    """Return by arm the data and batches of all, and the teacher it has in common with others."""
+    first = next(iter(arms.values()))
     world: dict[str, Any] = {"rank": ranks.rank(), "world_size": ranks.world_size()}
     reading: dict[str, Any] = {"task": first.task.name, "seed": first.train.seed, "replay": replay_of(first)}
     data = load_data(first.data.model_dump(), **reading, **world)
@@ -240,7 +240,7 @@ def _shared(arms: Mapping[str, Recipe], places: Mapping[str, Path | None], runti
             if key not in teachers:
                 teachers[key] = Shared(_teacher(arm, data, place))
             shared = Shared(teachers[key])
-        found[name] = Given(teacher=shared, batches=batches)
+        found[name] = Given(teacher=shared, splits=data, batches=batches)
     return found
 
 

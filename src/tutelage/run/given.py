@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tutelage.core import Model, Teacher
+from tutelage.data.load import Splits
 from tutelage.data.samples import Samples
 from tutelage.models.adapt import adapt
 from tutelage.train.lockstep import Batches
@@ -22,13 +23,15 @@ class Given:
         teacher: a module, `Model` or `Teacher`, trained already.
         data: sets by split.
         previous: the student of the stage before.
-        batches: what is trained on, of the recipe's data: loaded once for several runs.
+        splits: the recipe's data, loaded once for several runs.
+        batches: what is trained on, of that data: read once for several runs.
     """
 
     student: nn.Module | Model | None = None
     teacher: nn.Module | Model | Teacher | None = None
     data: Mapping[str, Samples] | None = None
     previous: Model | None = None
+    splits: Splits | None = None
     batches: Batches | None = None
 
     @property
