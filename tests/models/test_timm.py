@@ -1,17 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
-import warnings
 from typing import Any
 
 import pytest
-import timm
 import torch
 
 from models.readings import noise, readings, stages
 from tutelage.core.error import UserError
 from tutelage.models import roles
 from tutelage.models.load import load
-from tutelage.models.timm import describe
 
 #: Kinds of networks, as small as their options allow, and the images they are read on.
 MAPS: dict[str, tuple[dict[str, Any], int]] = {
@@ -108,6 +105,37 @@ def test_blocks_and_tokens_are_what_timm_itself_gives(name: str) -> None:
     assert "map" not in taps
 
 
+PYRAMIDS: dict[str, tuple[dict[str, Any], int]] = {
+    "levit_128s": ({}, 224),
+    "efficientformer_l1": ({}, 64),
+    "mvitv2_tiny": ({"img_size": 64}, 64),
+    "twins_svt_small": ({"depths": (2, 1, 1, 1)}, 224),
+    "coat_lite_tiny": ({}, 224),
+    "hiera_tiny_224": ({"img_size": (64, 64)}, 64),
+}
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_tokens_of_a_pyramid_are_the_maps_that_timm_itself_gives(name: str) -> None:
+    options, size = PYRAMIDS[name]
+    model = made(name, options)
+    taps, _ = readings(model, noise(size))
+    images = model.input.prepare(noise(size), {})
+    with torch.no_grad():
+        own = model.module.forward_intermediates(images, intermediates_only=True, output_fmt="NCHW")
+        features = model.module.forward_features(images)
+    assert torch.equal(taps["tokens"], features[:, model.roles["tokens"].prefix :])
+    assert torch.equal(taps["map"].flatten(2).transpose(1, 2), taps["tokens"])
+    if name.startswith("hiera"):  # its tokens lie in another order until the last stage
+        assert torch.equal(taps["map"], own[-1])
+        assert stages(model) == []
+        return
+    assert len(own) == len(stages(model)) >= 3
+    for role, expected in zip(stages(model)[:-1], own[:-1], strict=True):
+        assert torch.equal(taps[role], expected), role
+    assert taps[stages(model)[-1]].shape == own[-1].shape  # before or after the last norm
+
+
 def whole_block(model: Any, images: torch.Tensor) -> torch.Tensor:
     """Return what the first block gives, prefix tokens and all."""
     kept: list[torch.Tensor] = []
@@ -173,38 +201,3 @@ def test_a_smaller_image_size_of_a_transformer_is_its_input() -> None:
 def test_what_is_wrong_is_said(spec: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         load(spec)
-
-
-#: Families of several rows of tokens, or of maps that become tokens: they have neither one map nor one row.
-NEITHER = ("coat", "convit", "crossvit", "efficientformer", "hiera", "levit", "mvitv2", "twins")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", timm.list_modules())
-def test_every_architecture_has_roles(family: str) -> None:
-    """On the meta device: shapes alone, no weights."""
-    names = timm.list_models(module=family)
-    assert names
-    for name in names:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            module = timm.create_model(name)
-            if module.num_classes == 0:
-                module = timm.create_model(name, num_classes=10)
-            built = describe(module)
-            assert built.input is not None
-            found = roles.find(
-                module,
-                torch.zeros(1, built.input.channels, *built.size),
-                prefix=built.prefix,
-                classifier=built.classifier,
-                stages=built.stages,
-                channels_last=built.channels_last,
-            )
-        encoder = name.endswith("_enc")  # it gives maps and no classes
-        assert encoder or {"classifier"} <= found.modules.keys(), name
-        attention = name.endswith("_clip")  # its head projects every place of the map and keeps one
-        assert encoder or attention or "pooled" in found.taps, name
-        assert family in NEITHER or "map" in found.taps or "tokens" in found.taps, name
-        if "map" in found.taps and built.stages:
-            assert [found.taps[f"stages[{n}]"].where for n in range(len(built.stages))] == list(built.stages), name
