@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tutelage.functional.constant import constant
+
 Share = Literal["union", "anchor"]
 INSIDE = 0.01  # an anchor's centre lies within a box if it is so many pixels from each edge
 
@@ -42,7 +44,7 @@ def grid_anchors(sizes: Sequence[tuple[int, int]], image: tuple[int, int], like:
             for side, step in zip((height, width), steps, strict=True)
         )
         centre = torch.stack(torch.meshgrid(x, y, indexing="xy"), dim=-1).flatten(0, 1)
-        half = centre.new_tensor([steps[1], steps[0]]) * scale / 2
+        half = constant((steps[1], steps[0]), centre) * scale / 2
         levels.append(torch.cat([centre - half, centre + half], dim=1))
     return torch.cat(levels)
 

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tutelage.functional.constant import constant
+
 
 def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
     """Return how strongly the boxes of each image claim each cell of its maps: one over the cells of a box.
@@ -35,7 +37,7 @@ def coverage(boxes: Tensor, box_image: Tensor, image_size: Tensor, grids: Sequen
                  [0.2500, 0.2500, 0.0000, 0.0000]]])
     """
     boxes = boxes.float() if boxes.dtype != torch.float64 else boxes
-    counts = torch.tensor(grids, device=boxes.device, dtype=boxes.dtype)  # [L, 2]
+    counts = constant([side for grid in grids for side in grid], boxes).unflatten(0, (-1, 2))  # [L, 2]
     corners = boxes.unflatten(1, (1, 2, 2)).flip(3)  # [M, 1, lower and upper, y and x]
     size = image_size.to(boxes.dtype)[box_image, None, None]
     # multiplied first: an edge on the border of two cells is found there whatever the size

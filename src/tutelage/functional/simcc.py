@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tutelage.functional.constant import constant
 from tutelage.functional.precision import full_precision
 
 #: What OpenCV takes for its smallest Gaussian kernels in the place of the formula.
@@ -76,11 +77,11 @@ def encode(
     """
     count = bins(size, split)
     centre = (keypoints * split).round()
-    edges = centre.new_tensor(count)
+    edges = constant(count, centre)
     if sigma is None:
         outside = (centre < 0) | (centre >= edges)
     else:
-        reach = 3 * centre.new_tensor(sigma)
+        reach = 3 * constant(sigma, centre)
         outside = (centre - reach >= edges) | (centre + reach + 1 < 0)
     inside = ~outside.any(-1)
     shown = visible >= 0.5

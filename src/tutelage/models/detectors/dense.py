@@ -15,6 +15,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms, box_iou, nms
 
+from tutelage.functional.constant import constant
+
 #: One per image: `boxes` [n, 4] x1, y1, x2, y2; `labels` [n] int64; perhaps `masks` [n, H, W].
 Targets = Sequence[Mapping[str, Tensor]]
 LARGEST = math.log(1000.0 / 16)  # of the logarithm of a box's growth, as in torchvision
@@ -133,7 +135,7 @@ def encode(boxes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0,
     size, goal = anchors[..., 2:] - anchors[..., :2], boxes[..., 2:] - boxes[..., :2]
     shift = ((boxes[..., :2] + boxes[..., 2:]) - (anchors[..., :2] + anchors[..., 2:])) / 2 / size
     tiny = torch.finfo(boxes.dtype).tiny
-    return torch.cat([shift, (goal / size).clamp(min=tiny).log()], dim=-1) * boxes.new_tensor(weights)
+    return torch.cat([shift, (goal / size).clamp(min=tiny).log()], dim=-1) * constant(weights, boxes)
 
 
 def decode(codes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0, 1.0, 1.0)) -> Tensor:
@@ -144,7 +146,7 @@ def decode(codes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0,
         >>> decode(encode(box, anchor), anchor)
         tensor([[1., 0., 3., 8.]])
     """
-    codes = codes / codes.new_tensor(weights)
+    codes = codes / constant(weights, codes)
     size = anchors[..., 2:] - anchors[..., :2]
     centre = (anchors[..., :2] + anchors[..., 2:]) / 2 + codes[..., :2] * size
     half = codes[..., 2:].clamp(max=LARGEST).exp() * size / 2
