@@ -12,6 +12,7 @@ from tutelage.functional.spatial import (
     match,
     mean_square,
     small_labels,
+    taking_part,
 )
 
 # match
@@ -128,3 +129,31 @@ def test_pixels_without_a_label_are_unknown() -> None:
     assert class_maps(target, rows, 3, 2, 2).tolist() == [[[0, 1], [2, -1]], [[-1, -1], [-1, -1]]]
     assert class_maps(target, pixels, 3, 2, 2).tolist() == [[[0, 1], [2, -1]], [[1, -1], [-1, 2]]]
     assert class_maps(target, pixels, 3, 1, 1).tolist() == [[[0]], [[1]]]
+
+
+# what takes part
+
+
+def test_places_of_ignored_pixels_take_no_part() -> None:
+    target = torch.tensor([[[0, 5, -1, -1], [0, 0, 2, 2]], [[-1, -1, -1, -1], [3, 3, 3, 3]]])
+    found = taking_part(target, torch.tensor([True, True]), 2, 2)
+    assert found is not None
+    assert found.tolist() == [[[True, False], [True, True]], [[False, False], [True, True]]]
+    pixels = torch.ones_like(target, dtype=torch.bool)
+    pixels[0, 1] = False
+    found = taking_part(target, pixels, 2, 2)
+    assert found is not None
+    assert found[0].tolist() == [[True, False], [False, False]]
+
+
+def test_an_image_of_which_nothing_is_known_takes_part_as_a_whole() -> None:
+    target = torch.tensor([[[-1, 3], [-1, 3]], [[4, 4], [4, 4]]])
+    found = taking_part(target, torch.tensor([True, False]), 2, 1)
+    assert found is not None
+    assert found.all()
+
+
+def test_without_class_maps_there_is_nothing_to_ignore() -> None:
+    labelled = torch.tensor([True])
+    for target in (torch.tensor([1]), torch.rand(1, 2, 2), [], None):
+        assert taking_part(target, labelled, 2, 2) is None

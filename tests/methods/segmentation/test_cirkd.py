@@ -529,3 +529,24 @@ def test_data_without_class_maps(target: Any, said: str) -> None:
 def test_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         CIRKD(**options)
+
+
+# what is ignored
+
+
+def test_ignored_places_leave_what_cut_maps_give() -> None:
+    drawn = gaussian(5, {"s": (2, 3, 4, 6), "t": (2, 3, 4, 6), "sf": (2, 5, 4, 6), "tf": (2, 4, 4, 6)})
+    whole = [one.double() for one in drawn.values()]
+    keep = torch.ones(2, 4, 6, dtype=torch.bool)
+    keep[:, :, 4:] = False
+    found = cirkd(*whole, keep=(keep, keep))
+    cut = cirkd(*(one[..., :4] for one in whole))
+    for part, value in cut.items():
+        assert found[part].item() == pytest.approx(value.item(), rel=1e-12)
+
+
+def test_with_all_places_kept_nothing_changes() -> None:
+    drawn = gaussian(6, {"s": (2, 3, 2, 2), "t": (2, 3, 2, 2), "sf": (2, 5, 2, 2), "tf": (2, 4, 2, 2)})
+    whole = [one.double() for one in drawn.values()]
+    keep = torch.ones(2, 2, 2, dtype=torch.bool)
+    assert cirkd(*whole, keep=(keep, keep)) == cirkd(*whole)

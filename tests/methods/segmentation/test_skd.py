@@ -256,3 +256,38 @@ def test_maps_that_do_not_fit() -> None:
 def test_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         SKD(**options)
+
+
+# what is ignored
+
+
+def test_ignored_places_leave_what_a_cut_map_gives() -> None:
+    parts = made(3, grid=(4, 6), size=(4, 6))
+    keep = torch.ones(2, 4, 6, dtype=torch.bool)
+    keep[:, :, 3:] = False
+    found = skd(*parts, pool_scale=0.5, keep=(keep, keep, keep))
+    cut = [one[..., :3] for one in parts]
+    assert found["pixel"].item() == pytest.approx(skd(*cut)["pixel"].item(), rel=1e-12)
+    regions_left = regions(parts[2], 0.5, keep)
+    alone = torch.stack([regions(parts[2][:, :, row : row + 2, :3], 1.0)[:, 0] for row in (0, 2)], dim=1)
+    torch.testing.assert_close(regions_left[:, [0, 2]], alone)
+    assert not regions_left[:, [1, 3]].any()
+
+
+def test_each_image_counts_alike_however_much_of_it_is_ignored() -> None:
+    parts = made(4)
+    keep = torch.ones(2, 4, 3, dtype=torch.bool)
+    keep[0, 1:] = False
+    found = skd(*parts, keep=(keep, None, None))["pixel"]
+    one = skd(*(part[:1, :, :1] if number < 2 else part[:1] for number, part in enumerate(parts)))["pixel"]
+    other = skd(*(part[1:] for part in parts))["pixel"]
+    assert found.item() == pytest.approx((one + other).item() / 2, rel=1e-12)
+
+
+def test_score_maps_of_two_sizes_meet_at_the_smaller() -> None:
+    student, teacher = case().tensors(0)
+    assert teacher is not None
+    large = {**teacher, "logits": teacher["logits"].repeat_interleave(2, 2).repeat_interleave(2, 3)}
+    term, batch = case().built(), case().batch()
+    same, met = (case().outcome(term, student, side, batch).parts for side in (teacher, large))
+    assert all(torch.allclose(same[name], met[name]) for name in same)
