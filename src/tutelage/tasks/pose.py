@@ -22,8 +22,8 @@ from tutelage.functional.simcc import decode, decode_dark, encode, simcc_kl, unf
 
 #: Keypoint scores below this do not count into a person's score.
 COUNTED = 0.2
-#: Sides of a drawn point and a line, as a share of the image's shorter side.
-POINT, LINE = 0.006, 0.005
+#: Radius of a drawn point of the body and beyond it, and width of a line, as shares of the image's shorter side.
+POINT, SMALL_POINT, LINE = 0.006, 0.002, 0.005
 COLOURS = (
     *((255, 0, 0), (255, 128, 0), (255, 220, 0), (128, 255, 0), (0, 220, 0), (0, 255, 160), (0, 220, 255)),
     *((0, 110, 255), (60, 0, 255), (160, 0, 255), (255, 0, 220), (255, 0, 110)),
@@ -125,23 +125,23 @@ class Skeletons:
 
     def draw(self, image: Tensor) -> Tensor:
         """Return a copy of an image `[3, H, W]` uint8 with lines and points on it."""
-        from torchvision.utils import draw_keypoints
+        from PIL import Image, ImageDraw
 
+        # torchvision's draw_keypoints paints every line white
+        picture = Image.fromarray(image.permute(1, 2, 0).contiguous().cpu().numpy())
+        pen = ImageDraw.Draw(picture)
         side = min(image.shape[1:])
-        radius, width = max(1, round(side * POINT)), max(1, round(side * LINE))
-        drawn, seen = image.clone(), self.scores >= self.shown
-        for number, link in enumerate(self.links):
-            both = seen[:, list(link)].all(1)
-            if both.any():
-                pair = self.points[both][:, list(link)].cpu()
-                colour = COLOURS[number % len(COLOURS)]
-                drawn = draw_keypoints(drawn, pair, [(0, 1)], colour, radius=radius, width=width)
-        for person, there in zip(self.points, seen, strict=True):
-            if there.any():
-                drawn = draw_keypoints(
-                    drawn, person[there][None].cpu(), None, (255, 255, 255), radius=max(1, radius - 1)
-                )
-        return drawn
+        width, radii = max(1, round(side * LINE)), (max(1.0, side * POINT), max(0.5, side * SMALL_POINT))
+        seen = (self.scores >= self.shown).tolist()
+        for person, there in zip(self.points.tolist(), seen, strict=True):
+            for number, (one, other) in enumerate(self.links):
+                if there[one] and there[other]:
+                    pen.line([*person[one], *person[other]], COLOURS[number % len(COLOURS)], width)
+            for number, (x, y) in enumerate(person):
+                if there[number]:
+                    r = radii[number >= openpose.NECK + 1]
+                    pen.ellipse([x - r, y - r, x + r, y + r], (255, 255, 255))
+        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(image.device)
 
 
 def person_score(scores: Tensor) -> Tensor:
