@@ -155,5 +155,6 @@ def test_an_image_of_which_nothing_is_known_takes_part_as_a_whole() -> None:
 
 def test_without_class_maps_there_is_nothing_to_ignore() -> None:
     labelled = torch.tensor([True])
-    for target in (torch.tensor([1]), torch.rand(1, 2, 2), [], None):
+    others: tuple[object, ...] = (torch.tensor([1]), torch.rand(1, 2, 2), [], None)
+    for target in others:
         assert taking_part(target, labelled, 2, 2) is None
