@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Detection from a folder of files to scores: every detector learns from a teacher, resumes, is drawn."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from tutelage.core.error import UserError
+from tutelage.data.scenes import scenes
+from tutelage.run.distill import distill
+from tutelage.run.evaluate import evaluate
+from tutelage.run.pictures import draw
+from tutelage.run.recipe import Recipe, TaskSection, parse
+
+TINY = {"backbone": "tiny4", "width": 32}
+PAIRS: dict[str, dict[str, Any]] = {
+    "retinanet": {"anchor": 2},
+    "fcos": {"threshold": 0.02, "extra": "none"},
+    "ssd": {"levels": [8, 16, 32], "extra": "p6p7"},
+    "faster_rcnn": {"head_width": 16, "proposals": [40, 20], "regions": 16},
+    "mask_rcnn": {"head_width": 16, "proposals": [40, 20], "regions": 16},
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    """Six scenes with polygons around their boxes, as COCO lays them out."""
+    for split in ("train", "val"):
+        images, things = [], []
+        for number, scene in enumerate(scenes(6, 64, seed=len(split), held_out=split == "val")):
+            (tmp_path / "coco" / split).mkdir(parents=True, exist_ok=True)
+            file = f"{number}.png"
+            Image.fromarray(scene.image.permute(1, 2, 0).numpy()).save(tmp_path / "coco" / split / file)
+            images.append({"id": number, "file_name": file, "height": 64, "width": 64})
+            for box, label in zip(scene.boxes.tolist(), scene.labels.tolist(), strict=True):
+                left, top, right, bottom = box
+                things.append(
+                    {
+                        "id": len(things) + 1,
+                        "image_id": number,
+                        "category_id": label,
+                        "bbox": [left, top, right - left, bottom - top],
+                        "area": (right - left) * (bottom - top),
+                        "iscrowd": 0,
+                        "segmentation": [[left, top, right, top, right, bottom, left, bottom]],
+                    }
+                )
+        categories = [{"id": label, "name": str(label)} for label in range(10)]
+        file_ = tmp_path / "coco" / "annotations" / f"instances_{split}.json"
+        file_.parent.mkdir(exist_ok=True)
+        file_.write_text(json.dumps({"images": images, "annotations": things, "categories": categories}))
+    return tmp_path
+
+
+def recipe(home: Path, name: str, steps: int = 3, **more: Any) -> Recipe:
+    options = PAIRS[name]
+    given: dict[str, Any] = {
+        "task": {"name": "detection"},
+        "teacher": {"model": f"tutelage:{name}", **TINY, **options, "backbone": "tiny8"},
+        "student": {"model": f"tutelage:{name}", **TINY, **options},
+        "data": {
+            "source": f"coco:{home / 'coco'}",
+            "batch_size": 3,
+            "detection": {"shortest": [48, 64], "longest": 64, "masks": name == "mask_rcnn"},
+        },
+        "objective": {"task": 1.0, "pkd": {"weight": 1.0}, "fgd": {"weight": 0.1}},
+        "optimizer": {"name": "sgd", "lr": 0.001, "momentum": 0.9},
+        "train": {
+            "steps": steps,
+            "decay": "multistep",
+            "milestones": [1],
+            "clip": 35,
+            "log_every": 1,
+            "save_every": None,
+        },
+    }
+    return parse({**given, **more})
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_every_detector_learns_from_a_folder(name: str, home: Path) -> None:
+    found = distill(recipe(home, name), home / "run", quiet=True)
+    assert {"map", "map50", "map75"} <= set(found.scores)
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(value == value for line in lines for value in line.values())
+    assert any("task.boxes" in line for line in lines)
+    assert evaluate(home / "run")["map"] == pytest.approx(found.scores["map"])
+    for what in ("truth", "teacher", "before", "after"):
+        assert (home / "run" / "pictures" / f"0-{what}.png").is_file()
+
+
+def test_a_resumed_run_ends_with_the_same_bits_mid_epoch(home: Path) -> None:
+    asked = recipe(home, "faster_rcnn", steps=5)  # an epoch has two steps
+    saved = asked.model_copy(update={"train": asked.train.model_copy(update={"save_every": "3 steps"})})
+    whole = distill(saved, home / "whole", quiet=True)
+    distill(saved, home / "part", quiet=True)
+    for file in (home / "part" / "checkpoints").glob("*"):
+        if "5" in file.stem:
+            file.unlink()
+    for name in ("student.safetensors", "result.json"):
+        (home / "part" / name).unlink()
+    again = distill(saved, home / "part", quiet=True)
+    one, other = whole.student.module.state_dict(), again.student.module.state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_detectors_of_different_kinds_meet_where_their_levels_do(home: Path) -> None:
+    teacher = {"model": "tutelage:faster_rcnn", **TINY, "head_width": 16}
+    taps = ["fpn[1]", "fpn[2]", "fpn[3]"]
+    objective = {
+        "task": 1.0,
+        "pkd": {"weight": 1.0, "student_taps": ["fpn[0]", "fpn[1]", "fpn[2]"], "teacher_taps": taps},
+    }
+    found = distill(recipe(home, "retinanet", teacher=teacher, objective=objective), home / "run", quiet=True)
+    assert "map" in found.scores
+
+
+def test_a_student_inherits_neck_and_head(home: Path) -> None:
+    inherit = {"backbone.fpn.layer_blocks": "teacher.backbone.fpn.layer_blocks", "head": "teacher.head"}
+    asked = recipe(home, "retinanet", steps=1, inherit=inherit, optimizer={"name": "sgd", "lr": 1e-9})
+    found = distill(asked, home / "run", quiet=True)
+    plain = distill(
+        recipe(home, "retinanet", steps=1, optimizer={"name": "sgd", "lr": 1e-9}), home / "other", quiet=True
+    )
+    name = "head.classification_head.conv.0.0.weight"
+    one, other = (run.student.module.state_dict()[name] for run in (found, plain))
+    assert not torch.allclose(one, other)
+
+
+def test_boxes_are_drawn_on_files_of_any_size(home: Path) -> None:
+    alone = recipe(home, "mask_rcnn", steps=1, teacher=None, objective={"task": 1.0})
+    distill(alone, home / "run", quiet=True)
+    file = home / "photo.png"
+    Image.new("RGB", (50, 90), (120, 120, 120)).save(file)
+    options = {"shortest": 64}
+    found = draw(str(home / "run"), [file], task=TaskSection(name="detection"), out=home / "out", options=options)
+    answer = found.answers[str(file)]
+    assert set(answer) >= {"boxes", "labels", "names", "scores", "masks"}
+    assert all(code["size"] == [90, 50] for code in answer["masks"])
+    with Image.open(home / "out" / "photo.png") as drawn:
+        assert drawn.size == (50, 90)
+    assert isinstance(json.loads((home / "out" / "coco.json").read_text()), list)
+
+
+def test_few_labels(home: Path) -> None:
+    words = recipe(home, "retinanet").data.model_dump()
+    given = {**words, "labels": 2, "labelled_per_batch": 1}
+    assert "map" in distill(recipe(home, "retinanet", data=given), home / "run", quiet=True).scores
+
+
+def test_bad_annotations_stop_a_run(home: Path) -> None:
+    file = home / "coco" / "annotations" / "instances_train.json"
+    given = json.loads(file.read_text())
+    given["annotations"][0]["bbox"] = [70, 70, 5, 5]
+    file.write_text(json.dumps(given))
+    with pytest.raises(UserError, match="1 boxes outside their image"):
+        distill(recipe(home, "retinanet"), home / "run", quiet=True)
