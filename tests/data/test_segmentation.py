@@ -164,6 +164,16 @@ def test_loaders_of_scenes() -> None:
     assert facts["image_size"] == (32, 32)
 
 
+def test_the_sample_of_a_dry_run_is_no_larger_than_what_is_learnt_from() -> None:
+    spec: dict[str, Any] = {"source": "scenes", "batch_size": 2, "segmentation": SCENES}
+    for augment, side in (({"crop": 32}, 32), (None, 48)):
+        found = load({**spec, "augment": augment}, task="segmentation")
+        one, again, single = (found.sample(size) for size in (2, 2, 1))
+        assert one.inputs.shape == (2, 3, side, side)
+        assert torch.equal(one.inputs, again.inputs)
+        assert len(single) == 1
+
+
 def test_workers_read_the_same_batches() -> None:
     spec = {"source": "scenes", "batch_size": 3, "segmentation": SCENES, "augment": {"crop": 32, "color": 0.3}}
     one, two = (load({**spec, "workers": workers}, task="segmentation") for workers in (0, 1))

@@ -53,8 +53,13 @@ class Splits:
         return len(self.class_names)
 
     def sample(self, size: int = 2) -> Batch:
-        """Return a small batch for a dry run: the first training samples as they are seen in evaluation."""
+        """Return a small batch for a dry run: the first training samples as they are seen in evaluation.
+
+        Samples that are cut out of large images are seen as in training: whole images would be far larger.
+        """
         samples = self.train.samples.keep(self._first(size))
+        if getattr(samples, "cropped", False):
+            return next(Loader(samples, size, train=True, drop_last=False).epoch())
         views = self.train.views
         return next(Loader(samples, size, train=False, transform=self.validation.transform, views=views).epoch())
 

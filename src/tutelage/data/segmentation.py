@@ -415,6 +415,11 @@ class ClassMaps:
     changes: Changes = Changes()
     multiple: int = 1
 
+    @property
+    def cropped(self) -> bool:
+        """Whether training images are cut out of larger ones."""
+        return self.changes.crop is not None
+
     def __len__(self) -> int:
         return len(self.place)
 
