@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from tutelage.core.error import UserError
-from tutelage.data import masks
+from tutelage.data import masks, segmentation
 from tutelage.data.load import Spec, load
 from tutelage.data.segmentation import ClassMaps, Options, read
 
@@ -209,6 +209,19 @@ def test_an_unknown_colour_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"colour \(0, 0, 0\) of 4 pixels stands for no class; name it in data.segm"):
         sets("masks", tmp_path, colors={"road": [128, 64, 128], "person": [0, 0, 230]})
     with pytest.raises(UserError, match=r"the mask is a colour image \(RGB\): say what its colours mean"):
+        sets("masks", tmp_path, classes=3)
+
+
+def test_masks_of_a_large_set_are_looked_at_when_their_turn_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoilt(tmp_path, np.array([[0, 9, 9, 7]] * 3, np.uint8))
+    monkeypatch.setattr(segmentation, "CHECKED", 23)
+    found = load({"source": f"masks:{tmp_path}", "batch_size": 2, "segmentation": {"classes": 3}}, task="segmentation")
+    with pytest.raises(UserError, match=r"b.jpg: values 9, 7 of 9 pixels stand for no class; .* data.on_error: skip"):
+        list(found.train.epoch(0))
+    spoilt(tmp_path, np.zeros((2, 4), np.uint8))
+    with pytest.raises(UserError, match="1 masks of another size"):
         sets("masks", tmp_path, classes=3)
 
 

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 #: What may stand before the colon of `data.source`, and which of these come with the package.
 KINDS = ("camvid", "cityscapes", "hf", "masks", "scenes", "voc")
 EMBEDDED = ("scenes",)
-CHECKED = 1000  # masks of a split that are looked at when a set is read; those of larger ones when their turn comes
+CHECKED = 2**27  # pixels: masks of a split with no more are looked at when it is read, others when their turn comes
+NUMBERED = 1000  # masks that are looked at to find out what the classes are
 LARGEST_CROP = 512  # pixels a side, where nothing is said
 SCALE, TURN, COLOUR, POINTS = 1, 2, 3, 4  # salts: what a random choice is about
 TRIES = 10  # of a crop in which no class covers too much
@@ -214,6 +215,9 @@ class Source(Protocol):
             ValueError: if mask and image do not go together, or a value stands for no class.
         """
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return (height, width) of an image."""
+
     def check(self, index: int, *, whole: bool) -> bool:
         """Return whether a sample has a mask, after a look at its sizes or at the whole of it.
 
@@ -250,10 +254,14 @@ class PairFiles:
             return image, None
         return image, self.codes.decode(masks.read_mask(files.mask, colour=self.codes.colour))
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return (height, width) from the head of the file."""
+        return masks.size_of(self.files[index].image)
+
     def check(self, index: int, *, whole: bool) -> bool:
         """Return whether an image has a mask."""
         files = self.files[index]
-        size = masks.size_of(files.image)
+        size = self.size(index)
         if files.mask is None:
             return False
         require_same_size(masks.size_of(files.mask), size)
@@ -310,6 +318,11 @@ class Rows:
         values = self.raw(index)
         return image.expand(3, -1, -1), None if values is None else self.codes.decode(values)
 
+    def size(self, index: int) -> tuple[int, int]:
+        """Return (height, width) of an image."""
+        width, height = self.table[index][self.image].size
+        return height, width
+
     def check(self, index: int, *, whole: bool) -> bool:
         """Return whether a row has a mask; of large sets each is looked at when its turn comes."""
         if not whole:
@@ -349,6 +362,10 @@ class Drawn:
     def read(self, index: int) -> tuple[Tensor, Tensor | None]:
         """Return a scene and its classes."""
         return _drawn(self)[index]
+
+    def size(self, index: int) -> tuple[int, int]:
+        """Return (height, width) of a scene."""
+        return self.side, self.side
 
     def check(self, index: int, *, whole: bool) -> bool:
         """Return that a scene has a class map."""
@@ -620,10 +637,10 @@ def _checked(source: Source, name: str, on_error: Literal["raise", "skip"]) -> t
     """
     known = torch.zeros(len(source), dtype=torch.long)
     wrong = torch.zeros(len(source), dtype=torch.bool)
-    troubles = Troubles(name)
+    troubles, whole = Troubles(name), _whole(source)
     for index in range(len(source)):
         try:
-            known[index] = 0 if source.check(index, whole=len(source) <= CHECKED) else -1
+            known[index] = 0 if source.check(index, whole=whole) else -1
         except (OSError, ValueError) as error:
             size = isinstance(error, SizeError)
             kind = "masks of another size than their image" if size else "masks with values that stand for no class"
@@ -634,6 +651,15 @@ def _checked(source: Source, name: str, on_error: Literal["raise", "skip"]) -> t
     if bool((known < 0).all()):
         raise UserError(f"{name}: none of {len(source)} images has a mask, such as {source.name(0)}")
     return known, wrong
+
+
+def _whole(source: Source) -> bool:
+    """Whether the masks are few and small enough to be looked at pixel by pixel."""
+    try:
+        height, width = source.size(0)
+    except OSError:
+        return True
+    return len(source) * height * width <= CHECKED
 
 
 def _folders(kind: str, place: str, options: Options) -> tuple[tuple[str, ...], dict[str, Source]]:
@@ -669,7 +695,7 @@ def _largest(found: Mapping[str, Sequence[Pair]], options: Options) -> int:
         UserError: if there are too many masks to look at, or none.
     """
     files = [one.mask for one in found["train"] if one.mask is not None]
-    if len(files) > CHECKED:
+    if len(files) > NUMBERED:
         raise UserError("data.segmentation.classes: say the names of the classes, or how many there are")
     ignored = torch.tensor([value for value in options.ignore if isinstance(value, int)], dtype=torch.long)
     largest = -1
