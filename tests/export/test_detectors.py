@@ -13,7 +13,7 @@ TINY: dict[str, Any] = {"backbone": "tiny4", "width": 32}
 SMALL: dict[str, Any] = {"head_width": 16, "proposals": (60, 40), "anchor": 4.0}
 KINDS: dict[str, dict[str, Any]] = {
     "retinanet": {"candidates": 200},
-    "fcos": {"candidates": 200, "threshold": 0.3},
+    "fcos": {"candidates": 200, "threshold": 0.3, "extra": "none"},
     "ssd": {"candidates": 200},
     "faster_rcnn": SMALL,
     "mask_rcnn": SMALL,

@@ -30,7 +30,8 @@ PAIRS: dict[str, dict[str, Any]] = {
 def home(tmp_path: Path) -> Path:
     """Six scenes with polygons around their boxes, as COCO lays them out."""
     for split in ("train", "val"):
-        images, things = [], []
+        images: list[dict[str, Any]] = []
+        things: list[dict[str, Any]] = []
         for number, scene in enumerate(scenes(6, 64, seed=len(split), held_out=split == "val")):
             (tmp_path / "coco" / split).mkdir(parents=True, exist_ok=True)
             file = f"{number}.png"
