@@ -179,6 +179,16 @@ def test_options_that_make_no_sense(options: dict[str, Any], message: str) -> No
         Segmentation(3, **options)
 
 
+def test_a_batch_may_say_image_by_image_what_is_labelled() -> None:
+    task, logits, target = Segmentation(3), noise(0, 2, 3, 4, 4), drawn(0, 2, 4, 4)
+    whole = Batch.of(torch.zeros(2, 3, 4, 4), target)
+    assert whole.labelled.shape == (2,)
+    assert task.loss(logits, whole) == task.loss(logits, batch_of(target))
+    half = Batch.of(torch.zeros(2, 3, 4, 4), target, labelled=torch.tensor([True, False]))
+    assert task.loss(logits, half) == task.loss(logits[:1], batch_of(target[:1]))
+    assert task.score([(logits, half)]) == task.score([(logits[:1], batch_of(target[:1]))])
+
+
 def test_as_many_weights_as_classes() -> None:
     task = Segmentation(3, class_weights=(1.0, 2.0))
     with pytest.raises(UserError, match=r"task.class_weights gives 2 numbers for 3 classes"):

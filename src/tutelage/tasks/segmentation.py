@@ -46,6 +46,13 @@ def cross_entropy(
     return total / labelled.sum().clamp(min=1)
 
 
+def class_map(batch: Batch) -> Tensor:
+    """Return `[B, H, W]` classes of a batch, -1 where a pixel or its whole image has none."""
+    target: Tensor = batch.target
+    labelled = batch.labelled if batch.labelled.ndim == target.ndim else batch.labelled[:, None, None]
+    return target.where(labelled, IGNORED)
+
+
 def resized(logits: Tensor, size: Sequence[int], *, align_corners: bool = False) -> Tensor:
     """Return `[B, K, h, w]` scores at the size of an image, bilinearly, in float32 or wider."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -255,7 +262,7 @@ class Segmentation:
         logits = self._checked(output, batch)
         own = getattr(output, "losses", None)
         if callable(own):
-            found: dict[str, Tensor] = own(batch.target.where(batch.labelled, IGNORED))
+            found: dict[str, Tensor] = own(class_map(batch))
             return found
         loss = self._loss(logits, batch)
         second = getattr(output, "auxiliary", None)
@@ -266,10 +273,11 @@ class Segmentation:
     def _loss(self, logits: Tensor, batch: Batch) -> Tensor:
         if self.class_weights is not None and logits.device not in self._weights:  # copied once, not every step
             self._weights[logits.device] = torch.tensor(self.class_weights, device=logits.device)
+        target = class_map(batch)
         return cross_entropy(
-            resized(logits, batch.target.shape[1:], align_corners=self.align_corners),
-            batch.target,
-            batch.labelled,
+            resized(logits, target.shape[1:], align_corners=self.align_corners),
+            target,
+            target >= 0,
             label_smoothing=self.label_smoothing,
             weight=self._weights.get(logits.device),
         )
@@ -341,7 +349,7 @@ class Segmentation:
         table: Tensor | None = None
         for output, batch in answers:
             logits = resized(self._checked(output, batch), batch.target.shape[1:], align_corners=self.align_corners)
-            target = batch.target.where(batch.labelled, IGNORED)
+            target = class_map(batch)
             answer = logits.argmax(1)
             found = confusion(answer, target, self.num_classes).double()
             loss = cross_entropy(logits, target, target >= 0).double() * (target >= 0).sum()
@@ -380,7 +388,7 @@ class Segmentation:
 
     def truths(self, batch: Batch) -> list[Picture]:
         """Return the class map that the data says each image has."""
-        target = batch.target.where(batch.labelled, IGNORED)
+        target = class_map(batch)
         scores = (target[:, None] == torch.arange(-1, self.num_classes, device=target.device)[:, None, None]).float()
         return [
             ClassMap(self._whole_size(one, batch, row, nearest=True) - 1, self._names(self.num_classes))
