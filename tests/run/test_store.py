@@ -144,6 +144,34 @@ def test_sparse_answers_and_features() -> None:
     made.distiller.close()
 
 
+def test_answers_about_texts_are_kept_token_by_token() -> None:
+    Path("words.txt").write_text("to be or not to be that is the question\n" * 40)
+    sizes = {"n_embd": 8, "n_layer": 1, "n_head": 1}
+    recipe = parse(
+        {
+            "task": "language",
+            "teacher": {"model": "hf:gpt2", **sizes, "fit": {"train": {"steps": 2}}},
+            "student": {"model": "hf:gpt2", **sizes},
+            "data": {"source": "text:words.txt", "batch_size": 16, "text": {"length": 12}},
+            "objective": {"task": 1.0, "distillm": 1.0},
+            "optimizer": {"name": "adamw", "lr": 0.01},
+            "train": {"epochs": 2, "save_every": None},
+        }
+    )
+    kept = store(recipe, Path("s"), top=4, quiet=True)
+    assert kept.views == 1
+    assert kept.signals["logits.probs"] == "float32 [12, 4]"
+    made = assemble(with_store(recipe, "s"))
+    live = assemble(recipe, teacher_weights=Path("s/teacher/student.safetensors"))
+    batch = next(iter(made.data.train.epoch(1)))
+    found = made.distiller.observe(batch)["teacher"].logits.softmax(-1).topk(4)
+    wanted = live.distiller.observe(batch)["teacher"].logits.softmax(-1).topk(4)
+    torch.testing.assert_close(found.values, wanted.values, rtol=1e-4, atol=1e-5)
+    made.distiller(batch, made.distiller.observe(batch)).total.backward()
+    made.distiller.close()
+    live.distiller.close()
+
+
 def test_arms_with_stored_answers_go_side_by_side() -> None:
     store(asked(), Path("s"), quiet=True)
     plain = with_store(asked(train={"steps": 3}), "s")

@@ -125,13 +125,12 @@ def _written(
         write_manifest(folder, asked)
     say(f"{files} files of {asked['rows'] * row_bytes / 2**20:.3g} MiB")
     _lend(teacher, folder)
-    with Log(None, total=files, title="store", quiet=quiet) as log:
+    with Log(None, total=asked["views"] * asked["data"]["samples"], title="store", quiet=quiet) as log:
         for number in range(files):
             path = folder / file_name(number)
             if not path.exists():
-                rows = _answers(made, teacher, loader, number, asked["rows"], top)
+                rows = _answers(made, teacher, loader, number, asked["rows"], top, log.show)
                 write_whole(path, lambda partial, rows=rows: save_file(rows, partial))  # type: ignore[misc]
-            log.show(number + 1)
     paths = [folder / file_name(number) for number in range(files)]
     listed = {path.name: {"bytes": path.stat().st_size, "sha256": digest(path)} for path in paths}
     write_manifest(folder, {**asked, "files": listed})
@@ -190,7 +189,13 @@ def _asked(made: Assembled, teacher: Live, loader: Loader, top: int | None) -> t
 
 
 def _answers(
-    made: Assembled, teacher: Live, loader: Loader, number: int, rows: int, top: int | None
+    made: Assembled,
+    teacher: Live,
+    loader: Loader,
+    number: int,
+    rows: int,
+    top: int | None,
+    show: Callable[[int], None],
 ) -> dict[str, Tensor]:
     """Return the rows of one file."""
     samples, parts = len(loader.samples), list[Mapping[str, Tensor]]()
@@ -204,10 +209,11 @@ def _answers(
                 signals = teacher.observe(batch.to(made.runtime.device))
             found = {name: tensor[skipped : skipped + wanted].cpu() for name, tensor in pack(signals.taps, top).items()}
             parts.append(found)
-            wanted, skipped = wanted - len(next(iter(found.values()))), 0
+            count = len(next(iter(found.values())))
+            wanted, skipped, place = wanted - count, 0, place + count
+            show(place)
             if not wanted:
                 break
-        place = min((number + 1) * rows, (turn + 1) * samples)
     shapes = {name: {part[name].shape[1:] for part in parts} for name in parts[0]}
     for name, several in shapes.items():
         if len(several) > 1:
