@@ -72,7 +72,7 @@ def test_every_setting_of_the_loop_arrives() -> None:
         "ema": 0.9,
         "precision": "bf16",
         "seed": 11,
-        "log_every": 7,
+        "log_every": 2,
         "decay": "multistep",
         "milestones": [1, 2],
         "gamma": 0.3,
@@ -81,7 +81,7 @@ def test_every_setting_of_the_loop_arrives() -> None:
     }
     made = assemble(tiny(train=train))
     loop = made.loop(Log(None, quiet=True))
-    assert (loop.accumulate, loop.clip, loop.seed, loop.log_every) == (3, 0.5, 11, 7)
+    assert (loop.accumulate, loop.clip, loop.seed, loop.log_every) == (3, 0.5, 11, 2)
     assert loop.average is not None
     assert loop.average.decay == 0.9
     assert loop.runtime.precision == "bf16"
@@ -94,6 +94,12 @@ def test_every_setting_of_the_loop_arrives() -> None:
     assert loop.rate.warmup == 0.5 * made.steps_per_epoch == 2
     assert loop.distiller.facts.seed == 11
     assert loop.distiller.facts.steps_per_epoch == 4
+
+
+@pytest.mark.parametrize(("steps", "asked", "expected"), [(4, 50, 1), (60, 50, 3), (100, 50, 50), (4, 2, 2), (3, 2, 1)])
+def test_a_short_run_has_more_than_one_line(steps: int, asked: int, expected: int) -> None:
+    made = assemble(tiny(train={"steps": steps, "log_every": asked}))
+    assert made.loop(Log(None, quiet=True)).log_every == expected
 
 
 def test_the_mode_of_the_teacher_arrives() -> None:

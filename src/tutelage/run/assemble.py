@@ -35,6 +35,7 @@ from tutelage.train.optimizer import build as build_optimizer
 from tutelage.train.rate import Rate
 from tutelage.train.runtime import Runtime
 
+LINES = 20  # of the log, for a run too short for two
 INIT, TERMS = 1, 2  # salts of the seeds of the student's and the terms' initial weights
 
 
@@ -95,9 +96,13 @@ class Assembled:
             clip=settings.clip,
             average=Average(self.distiller.student, settings.ema) if settings.ema is not None else None,
             log=log,
-            log_every=settings.log_every,
+            log_every=self._log_every(settings.log_every),
             **{"batches": self.data.train, **more},
         )
+
+    def _log_every(self, asked: int) -> int:
+        """Return the steps between log lines: a run that would have one alone has more."""
+        return asked if self.total_steps >= 2 * asked else max(self.total_steps // LINES, 1)
 
     def settled(self) -> Model:
         """Return the student after training: hooks gone, what a method built settled."""

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 CLASSES = 20  # rows of a table of classes
 LOADING = """from tutelage.models.load import load
 
-student = load("run:{folder}")  # a Model; student.module is the plain torch.nn.Module, in eval mode
-logits = student(inputs)        # pixels [B, C, H, W] in [0, 1], which it normalises and resizes itself, or tokens
+student = load("run:{folder}")  # student.module is the plain torch.nn.Module, in eval mode
+logits = student(inputs)  # tokens, or pixels [B, C, H, W] in [0, 1]: it normalises and resizes them
 """
 
 
