@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
+from tutelage.cli import app
 from tutelage.core import Batch, Model
 from tutelage.core.error import UserError
 from tutelage.core.keypoints import BODY, WHOLEBODY
@@ -17,6 +20,9 @@ from tutelage.core.task import answer
 from tutelage.data.load import load as load_data
 from tutelage.functional.simcc import encode, unflip
 from tutelage.models.load import load
+from tutelage.run.distill import distill
+from tutelage.run.pictures import draw, task_named
+from tutelage.run.recipe import parse
 from tutelage.tasks.pose import Pose, Skeletons, _Scored, average_precision, oks, person_score, to_openpose
 
 GOLDEN = ("core/dwpose_openpose_map",)
@@ -251,10 +257,6 @@ def test_a_model_of_ones_own_is_called() -> None:
 
 
 def test_drawings_and_json_of_files(tmp_path: Path) -> None:
-    from tutelage.run.distill import distill
-    from tutelage.run.pictures import draw, task_named
-    from tutelage.run.recipe import parse
-
     recipe = parse(
         {
             "task": "pose",
@@ -264,8 +266,6 @@ def test_drawings_and_json_of_files(tmp_path: Path) -> None:
         }
     )
     distill(recipe, tmp_path / "run", quiet=True)
-    from PIL import Image
-
     Image.new("RGB", (80, 60), (90, 90, 90)).save(tmp_path / "one.png")
     section = task_named(str(tmp_path / "run"), None)
     assert section is not None
@@ -278,6 +278,10 @@ def test_drawings_and_json_of_files(tmp_path: Path) -> None:
     assert len(people) == 2
     assert len(people[0]["keypoints"]) == 399
     assert (tmp_path / "out" / "one.png").is_file()
+    flags = ["--boxes", str(boxes), "--openpose", "--out", str(tmp_path / "again")]
+    asked = CliRunner().invoke(app, ["predict", str(tmp_path / "run"), str(tmp_path / "one.png"), *flags])
+    assert asked.exit_code == 0, asked.output
+    assert len(json.loads((tmp_path / "again" / "coco.json").read_text())[0]["keypoints"]) == 3 * 134
     rows = json.loads((tmp_path / "out" / "coco.json").read_text())
     assert [row["image_id"] for row in rows] == ["one", "one"]
     assert rows[0]["keypoints"] == people[0]["keypoints"]

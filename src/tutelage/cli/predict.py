@@ -23,6 +23,10 @@ def predict(
         str | None, typer.Option(help="detection, segmentation or pose, for a model that is no run.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the drawings, of boxes, masks or keypoints.")] = None,
+    boxes: Annotated[
+        Path | None, typer.Option(help="Of pose: people a detector found, COCO results or its answers.json.")
+    ] = None,
+    openpose: Annotated[bool, typer.Option("--openpose", help="Of pose: OpenPose's order, with a neck.")] = False,
     as_json: Json = False,
 ) -> None:
     """Print the likeliest classes of each image; draw boxes, masks or keypoints where the model finds these.
@@ -38,8 +42,20 @@ def predict(
     if dense is not None:
         place = out or Path("predictions")
         paths = files(images)
+        if dense.name != "pose" and (boxes is not None or openpose):
+            raise UserError(f"--boxes and --openpose are for pose, and the model is for {dense.name}")
+        if openpose:
+            dense = dense.model_copy(update={"openpose": True})
         found = draw(
-            model, paths, task=dense, out=place, weights=weights, num_classes=classes, image_size=size, device=device
+            model,
+            paths,
+            task=dense,
+            out=place,
+            weights=weights,
+            num_classes=classes,
+            image_size=size,
+            device=device,
+            options={"boxes": str(boxes)} if boxes is not None else None,
         )
     else:
         found = answers(model, images, top=top, weights=weights, num_classes=classes, image_size=size, device=device)
