@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """HFD + BSD: a CNN and a transformer that teach each other segmentation (Zhu et al. 2023); the direction peer -> own.
 
-* low features: mean((P own - peer)^2) on the grid of the lower map, the other averaged over cells;
+* low features: mean((P own - peer)^2) on the grid of the lower map, the other averaged over cells, over channels and
+  the places of an image that take part, then over images;
 * regions (the pixels of a class, or the cells of a grid): where the peer's mean cross-entropy inside is lower than
   one's own, 1 - cos of the regions' mean high features; summed over regions, averaged over images;
 * pixels: where the peer is right and its cross-entropy is lower, T^2 KL(peer || own); averaged over such pixels of an
   image, then over images.
 
 Score maps of two grids meet on the larger, the other enlarged bilinearly (done by the caller here). Labels are brought
-to a grid by taking, for position (i, j), pixel (floor(i H / h), floor(j W / w)); -1 is unknown.
+to a grid by taking, for position (i, j), pixel (floor(i H / h), floor(j W / w)); -1 is unknown. A place takes part if
+it is known, or if no place of its image is.
 """
 
 import math
@@ -36,12 +38,22 @@ def _averaged(x: Array, height: int, width: int) -> Array:
     return out
 
 
-def low(own: Array, peer: Array) -> float:
+def low(own: Array, peer: Array, target: Labels) -> float:
     if own.shape[2:] > peer.shape[2:]:
         own = _averaged(own, *peer.shape[2:])
     elif own.shape[2:] < peer.shape[2:]:
         peer = _averaged(peer, *own.shape[2:])
-    return float(((own - peer) ** 2).mean())
+    total = 0.0
+    for n in range(len(own)):
+        size = (own.shape[2], own.shape[3])
+        places = [(i, j) for i, j in np.ndindex(*size) if takes_part(target[n], i, j, size)]
+        total += math.fsum(float(((own[n, :, i, j] - peer[n, :, i, j]) ** 2).mean()) for i, j in places) / len(places)
+    return total / len(own)
+
+
+def takes_part(labels: Labels, i: int, j: int, size: tuple[int, int]) -> bool:
+    anywhere = any(label_at(labels, row, column, size) >= 0 for row, column in np.ndindex(*size))
+    return label_at(labels, i, j, size) >= 0 or not anywhere
 
 
 def label_at(labels: Labels, i: int, j: int, size: tuple[int, int]) -> int:
@@ -56,7 +68,7 @@ def _region(labels: Labels, i: int, j: int, size: tuple[int, int], cells: int | 
     label = label_at(labels, i, j, size)
     if cells is None:
         return label if label >= 0 else None
-    if label < 0 and not for_features:
+    if not (takes_part(labels, i, j, size) if for_features else label >= 0):
         return None
     return (i * cells // size[0]) * cells + j * cells // size[1]
 

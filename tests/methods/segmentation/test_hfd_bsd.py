@@ -79,7 +79,7 @@ def test_equals_the_loops(
     scores, early, late, labels = made(seed, rows, classes, grid, high=high)
     parts = hfd_bsd(scores, early, late, labels, regions=regions, cells=cells, temperature=temperature)
     own, peer = (side.numpy() for side in scores)
-    low = oracle.low(*(side.numpy() for side in early))
+    low = oracle.low(early[0].numpy(), early[1].numpy(), labels.numpy())
     where = cells if regions == "grid" else None
     by_region = oracle.regions(late[0].numpy(), late[1].numpy(), own, peer, labels.numpy(), where)
     assert parts["low"].item() == pytest.approx(0.1 * low, rel=1e-10)
@@ -163,6 +163,22 @@ def test_labels_of_ignored_pixels_do_not_matter(regions: Regions) -> None:
         values.append(torch.stack(list(parts.values())))
     for other in values[1:]:
         assert torch.equal(other, values[0])
+
+
+@pytest.mark.parametrize("regions", ["class", "grid"])
+def test_what_lies_at_ignored_places_does_not_matter(regions: Regions) -> None:
+    scores, early, late, labels = made(10, grid=(4, 4), low=((4, 4), (4, 4)), high=((4, 4), (4, 4)))
+    ignored = (labels[:, ::2, ::2] < 0)[:, None]
+    assert ignored.any()
+    before = hfd_bsd(scores, early, late, labels, regions=regions)
+
+    def moved(pair: Pair) -> Pair:
+        return pair[0] + 9 * ignored * torch.randn_like(pair[0]), pair[1] + 9 * ignored * torch.randn_like(pair[1])
+
+    after = hfd_bsd(moved(scores), moved(early), moved(late), labels, regions=regions)
+    for part, value in before.items():
+        torch.testing.assert_close(after[part], value)
+        assert value > 0
 
 
 def test_an_unlabelled_image_teaches_early_features_alone() -> None:

@@ -19,7 +19,7 @@ from tutelage.core.error import UserError, nearest
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.pairwise import unit
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import class_maps, match, mean_square, small_labels
+from tutelage.functional.spatial import class_maps, match, small_labels, taking_part
 
 CARD = Card(
     name="HFD+BSD",
@@ -72,7 +72,7 @@ def hfd_bsd(
 ) -> dict[str, Tensor]:
     """Return what one student learns from its peer.
 
-        low    = lambda_1 mean( ( P f_own - f_peer )^2 )
+        low    = lambda_1 / B sum_b mean over places and channels of ( P f_own - f_peer )^2
         region = lambda_2 / B sum_b sum_r [ l_peer(r) < l_own(r) ] ( 1 - cos( P h_own(r), h_peer(r) ) )
         pixel  = lambda_3 / B sum_b mean over p with y_p = argmax z_peer(p) and l_peer(p) < l_own(p) of
                  T^2 KL( softmax(z_peer(p) / T) || softmax(z_own(p) / T) )
@@ -84,7 +84,7 @@ def hfd_bsd(
         - score maps of two sizes meet on the larger (bilinear), low features on the smaller (averaged over cells),
           high features each on its own grid; class maps are made small by the nearest pixel above and left
         - regions are summed, pixels averaged within an image; images are averaged; where both do equally well nobody
-          teaches; pixels without a label neither teach nor count
+          teaches; pixels without a label neither teach nor count, but for the low features of an image without any
 
     Args:
         logits: two `[B, K, H, W]`, of any two sizes and float dtype; compared in float32 or wider.
@@ -125,14 +125,16 @@ def hfd_bsd(
     vectors = []
     for features in high:
         small = small_labels(target, *features.shape[2:])
-        means, inside = _mean_of(features, _members(small, torch.zeros_like(small), regions, number, cells))
+        means, inside = _mean_of(features, _members(small, _compared(target, features) - 1, regions, number, cells))
         vectors.append(unit(means))
         count = torch.minimum(count, inside)
     distance = 1 - (vectors[0] * vectors[1]).sum(2)
     by_region = distance.where((count > 0) & (theirs < ours), 0.0).sum(1)
     near, far = match(*low)
+    compared = _compared(target, near)
+    square = ((near - far).square().mean(1) * compared).sum((1, 2)) / compared.sum((1, 2)).clamp(min=1)
     return {
-        "low": lambda_low * mean_square(near - far),
+        "low": lambda_low * square.sum() / max(rows, 1),
         "region": lambda_region * by_region.sum() / max(rows, 1),
         "pixel": lambda_pixel * temperature**2 * by_image.sum() / max(rows, 1),
     }
@@ -151,6 +153,14 @@ def _common(one: Tensor, other: Tensor) -> Pair:
         for side in (one, other)
     )
     return first, second
+
+
+def _compared(target: Tensor, features: Tensor) -> Tensor:
+    """Return 1 at the places of a map that take part and 0 at those of ignored pixels, `[B, H, W]` int64."""
+    every = torch.ones(len(target), dtype=torch.bool, device=target.device)
+    places = taking_part(target, every, *features.shape[2:])
+    assert places is not None
+    return places.long()
 
 
 def _members(labels: Tensor, known: Tensor, regions: Regions, number: int, cells: int) -> Tensor:
