@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import re
 from dataclasses import replace
 from typing import Any
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 from golden_answer import with_gradients
 from method_case import MethodCase, gaussian, labelled_batch
 from oracles import crosskd as oracle
-from tutelage.core import Batch, Distiller, Facts, Model, Objective, Signals, Tap
+from tutelage.core import Batch, Distiller, Facts, Live, Model, Objective, Signals, Tap
 from tutelage.core.batch import Frame
 from tutelage.core.error import UserError
 from tutelage.functional.anchors import by_image, grid_anchors, levels, on_boxes
 from tutelage.methods.detection.crosskd import CrossKD, align, crosskd, quality_focal
+from tutelage.models.detectors.gfl import GFL
+from tutelage.tasks.detection import Detection
 
 Arrays = dict[str, NDArray[Any]]
 GRIDS = ((6, 8), (3, 4))
@@ -27,6 +30,7 @@ BOXES = torch.tensor(
 )
 IMAGES = torch.tensor([0, 0, 1, 3])
 HEADS = {"head.cls": CLASSES, "head.box": 4 * BINS}
+SCALES = tuple(f"head.box[{n}]" for n in range(len(GRIDS)))
 
 
 def head(role: str) -> nn.Sequential:
@@ -67,14 +71,14 @@ def case(**options: Any) -> MethodCase:
     taps: dict[str, Any] = {
         **{f"{side}_class_taps": places("head.cls", ".pre") for side in ("student", "teacher")},
         **{f"{side}_box_taps": places("head.box", ".pre") for side in ("student", "teacher")},
-        **{"score_taps": places("head.cls"), "box_taps": places("head.box")},
+        **{"score_taps": places("head.cls"), "box_taps": places("head.box"), "box_scales": SCALES},
     }
     return MethodCase(
         term=lambda: CrossKD(**{"anchor_scale": 2.0, **taps, **options}),
         student=towers,
         teacher=lambda seed: teacher(seed + 1000),
         batch=dense_batch,
-        borrowed=lambda: {role: head(role) for role in HEADS},
+        borrowed=lambda: {role: head(role) for role in HEADS} | {scale: nn.Identity() for scale in SCALES},
     )
 
 
@@ -371,6 +375,7 @@ def test_layers_that_run_once_a_level_are_named_by_their_call() -> None:
         box_taps=[Tap("box_head.2", call=n) for n in range(2)],
         class_modules=["cls_head"],
         box_modules=["box_head"],
+        box_scales=[],
         anchor_scale=2.0,
     )
     batch = replace(dense_batch(), inputs=torch.rand(6, 1, 48, 64))
@@ -395,6 +400,27 @@ def test_layers_that_run_once_a_level_are_named_by_their_call() -> None:
     assert values[-1] < values[0]
     assert all(torch.equal(weight, before[name]) for name, weight in taught.state_dict().items())
     assert not [name for name in machine.state_dict() if "borrowed" in name]
+    machine.close()
+
+
+@pytest.mark.parametrize("convolutions", [1, 4])
+def test_two_detectors_that_are_one_have_nothing_to_learn(convolutions: int) -> None:
+    torch.manual_seed(0)
+    detector = GFL(CLASSES, backbone="tiny8", width=16, bins=4, convolutions=convolutions, frozen_norm=True)
+    for number, part in enumerate(detector.modules()):
+        if isinstance(part, nn.Conv2d):  # far from the small numbers it begins with
+            part.weight.data.copy_(gaussian(number, {"w": tuple(part.weight.shape)}, 0.2)["w"])
+    for scale in detector.head.scales.parameters():
+        scale.data.fill_(2.0)
+    teacher_, student_ = (Model(one, one.roles(), one.lends()) for one in (detector, copy.deepcopy(detector)))
+    known = [BOXES[n == IMAGES] for n in range(6)]
+    target = [{"boxes": boxes, "labels": torch.zeros(len(boxes)).long()} for boxes in known]
+    batch = replace(dense_batch(), inputs=torch.rand(6, 3, 48, 64), target=target)
+    objective = Objective(crosskd=CrossKD())
+    machine = Distiller({"student": student_}, objective, task=Detection(CLASSES), teacher=Live(teacher_), sample=batch)
+    parts = machine(batch, machine.observe(batch)).parts
+    assert parts["crosskd.box"].item() == pytest.approx(0, abs=1e-5)
+    assert parts["crosskd.cls"].item() == pytest.approx(0, abs=1e-3)
     machine.close()
 
 
@@ -483,7 +509,7 @@ def test_heads_of_two_shapes() -> None:
             {},
             (
                 "crosskd needs one of each a level, and has 2 class features, 2 box features, 1 class predictions, "
-                "2 box predictions"
+                "2 box predictions, 2 box_scales"
             ),
         ),
         (

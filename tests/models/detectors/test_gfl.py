@@ -69,6 +69,8 @@ def test_distances_become_the_box_around_a_position() -> None:
 
 def test_roles_are_the_answers_and_what_crosskd_reuses() -> None:
     model = tiny().eval()
+    for part in model.head.scales.parameters():
+        part.data.fill_(2.0)
     roles = model.roles()
     recorder = Recorder(model, roles)
     pixels = torch.rand(2, 3, 64, 64)
@@ -83,7 +85,10 @@ def test_roles_are_the_answers_and_what_crosskd_reuses() -> None:
     lent = {role: model.get_submodule(path) for role, path in model.lends().items()}
     with torch.no_grad():
         torch.testing.assert_close(lent["head.cls"](F.relu(taken["head.cls[1].pre"])), taken["head.cls[1]"])
-        torch.testing.assert_close(lent["head.box"](F.relu(taken["head.box[1].pre"])), taken["head.box[1]"])
+        edges = lent["head.box"](F.relu(taken["head.box[1].pre"]))
+        torch.testing.assert_close(lent["head.box[1]"](edges), taken["head.box[1]"])
+    kinds = [[type(layer).__name__ for layer in lent[role].children()] for role in ("head.cls", "head.box")]
+    assert kinds == [["Conv2d", "GroupNorm", "ReLU", "Conv2d"]] * 2  # a layer of the tower is run again
 
 
 def test_images_without_boxes_and_some_of_the_images() -> None:

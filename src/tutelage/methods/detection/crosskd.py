@@ -36,7 +36,7 @@ CARD = Card(
     reads={
         "student": ("head.cls[*].pre", "head.box[*].pre"),
         "teacher": ("head.cls[*].pre", "head.box[*].pre", "head.cls[*]", "head.box[*]"),
-        "borrows": ("head.cls", "head.box"),
+        "borrows": ("head.cls", "head.box", "head.box[*]"),
     },
     labels=("hard",),
     averages="samples",
@@ -167,7 +167,8 @@ class CrossKD(Term):
     """Term form of :func:`crosskd`: aligns the student's tower features and runs the rest of the teacher's head.
 
     The roles `head.cls[i].pre` and `head.box[i].pre` are the features of level i at the reused layer of the two
-    towers, before their activation; `head.cls` and `head.box`, lent, the modules from there to the predictions.
+    towers, before their activation; `head.cls` and `head.box`, lent, the modules from there to the predictions, and
+    `head.box[i]`, lent too, what a level applies to its box predictions last.
     Any of them may be named by path: a layer that runs once a level with the number of its `call`.
 
     Args:
@@ -186,7 +187,8 @@ class CrossKD(Term):
         box_taps: the teacher's box predictions.
         class_modules: modules of the teacher that lead from the features to its class predictions, in order.
         box_modules: the same for boxes.
-        box_scales: modules of the teacher, one a level, applied to its box predictions last; none by default.
+        box_scales: modules of the teacher, one a level, applied to its box predictions last; empty where there
+            are none.
     """
 
     def __init__(
@@ -207,7 +209,7 @@ class CrossKD(Term):
         box_taps: Places = ("head.box[*]",),
         class_modules: Sequence[str] = ("head.cls",),
         box_modules: Sequence[str] = ("head.box",),
-        box_scales: Sequence[str] = (),
+        box_scales: Sequence[str] = ("head.box[*]",),
     ) -> None:
         super().__init__()
         if beta < 1:
@@ -253,8 +255,9 @@ class CrossKD(Term):
             "class predictions": len(self.score_names),
             "box predictions": len(self.prediction_names),
         }
+        self.scale_names = tuple(name for role in self.box_scales for name in expand(role, teacher.borrowed))
         if self.box_scales:
-            counts["box_scales"] = len(self.box_scales)
+            counts["box_scales"] = len(self.scale_names)
         if len(set(counts.values())) > 1:
             raise UserError(
                 "crosskd needs one of each a level, and has "
@@ -288,7 +291,7 @@ class CrossKD(Term):
         found: tuple[list[Tensor], list[Tensor]] = ([], [])
         for names, modules, scales, out in (
             (self.class_names, self.class_modules, (), found[0]),
-            (self.box_names, self.box_modules, self.box_scales, found[1]),
+            (self.box_names, self.box_modules, self.scale_names, found[1]),
         ):
             for level, (one, other) in enumerate(zip(*names, strict=True)):
                 given = align(student[one], teacher[other])

@@ -177,6 +177,9 @@ def _losses(
 class Head(nn.Module):
     """Two towers; class logits and distributions of edges for each position.
 
+    `cls` and `box` hold the last layer of a tower and what answers, which CrossKD runs on a student's features; of a
+    tower of one layer what answers alone.
+
     Args:
         width: channels of the pyramid, and of the towers.
         num_classes: K.
@@ -188,10 +191,13 @@ class Head(nn.Module):
 
     def __init__(self, width: int, num_classes: int, bins: int, levels: int, convolutions: int, norm: Norm) -> None:
         super().__init__()
-        self.cls_tower = tower(width, width, convolutions, norm)
-        self.box_tower = tower(width, width, convolutions, norm)
-        self.cls = rarely(small(nn.Conv2d(width, num_classes, 3, padding=1)))
-        self.box = small(nn.Conv2d(width, EDGES * (bins + 1), 3, padding=1))
+        reused = 1 if convolutions > 1 else 0
+        self.cls_tower = tower(width, width, convolutions - reused, norm)
+        self.box_tower = tower(width, width, convolutions - reused, norm)
+        scores = rarely(small(nn.Conv2d(width, num_classes, 3, padding=1)))
+        edges = small(nn.Conv2d(width, EDGES * (bins + 1), 3, padding=1))
+        self.cls = nn.Sequential(*tower(width, width, reused, norm), scores)
+        self.box = nn.Sequential(*tower(width, width, reused, norm), edges)
         self.scales = nn.ModuleList([Scale() for _ in range(levels)])
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -269,7 +275,10 @@ class GFL(nn.Module):
         )
 
     def roles(self) -> dict[str, Tap]:
-        """Return the places of the maps, of the towers' last features before their ReLU, and of the answers."""
+        """Return the places of the maps, of the answers, and of the towers' features.
+
+        `head.cls[i].pre` and `head.box[i].pre` lie before the ReLU of a tower's last layer but one.
+        """
         found = self.backbone.roles()
         for level in range(len(self.backbone.strides)):
             found[f"head.cls[{level}]"] = Tap("head.cls", call=level)
@@ -280,12 +289,14 @@ class GFL(nn.Module):
         return found
 
     def lends(self) -> dict[str, str]:
-        """Return the modules a teacher may lend: from the towers' last features to what is said of them."""
-        return {"head.cls": "head.cls", "head.box": "head.box"}
+        """Return the modules a teacher may lend: from the tapped features on, and the scale of each level's edges."""
+        scales = {f"head.box[{level}]": f"head.scales.{level}" for level in range(len(self.head.scales))}
+        return {"head.cls": "head.cls", "head.box": "head.box", **scales}
 
     def by_class(self) -> dict[str, tuple[int, int]]:
         """Return the parameters with a row a class; see `tutelage.models.detection.fit`."""
-        return {"head.cls.weight": (1, 1), "head.cls.bias": (1, 1)}
+        last = len(self.head.cls) - 1
+        return {f"head.cls.{last}.weight": (1, 1), f"head.cls.{last}.bias": (1, 1)}
 
 
 ARCHITECTURES = {"gfl": GFL}
