@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ KINDS: dict[str, dict[str, Any]] = {
     "rt_detr": {**SMALL, **HYBRID, "hidden_expansion": 0.5, "backbone_config": RESNET},
     "d_fine": {**SMALL, **HYBRID, "hidden_expansion": 0.5, "backbone_config": HGNET},
     "deformable_detr": {**SMALL, "encoder_layers": 1, "backbone": "resnet10t", "use_timm_backbone": True},
+    "table-transformer": {**SMALL, "encoder_layers": 1, "backbone": "resnet10t", "use_timm_backbone": True},
+    "yolos": {
+        **{"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16},
+        **{"image_size": [SIDE, SIDE], "num_detection_tokens": 20},
+    },
 }
 
 
@@ -74,6 +80,36 @@ def test_boxes_are_those_of_transformers() -> None:
         torch.testing.assert_close(one["scores"][:count], other["scores"])
         assert torch.equal(one["labels"][:count], other["labels"])
         torch.testing.assert_close(one["boxes"][:count], other["boxes"].clamp(0, SIDE), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["table-transformer", "yolos"])
+def test_a_last_class_for_nothing_is_no_class(kind: str) -> None:
+    model = made(kind)
+    model.module.eval()
+    with torch.no_grad():
+        answers = model(pictures(2)[0])
+    boxes, scores, labels = answers.candidates_of()
+    assert answers.logits.shape[2] == CLASSES + 1
+    assert labels.max() < CLASSES
+    shares = answers.logits.softmax(2)[..., :-1].flatten(1)
+    torch.testing.assert_close(scores, shares.topk(boxes.shape[1])[0])
+
+
+@pytest.mark.parametrize("kind", ["rt_detr", "d_fine"])
+def test_queries_with_noise_are_no_answers(kind: str) -> None:
+    model = made(kind)
+    batch = framed(*pictures(2))
+    recorder = Recorder(model.module, model.roles)
+    model.module.train()
+    with recorder:
+        answers: Any = Detection(CLASSES).call(model, batch)
+    taken = recorder.release()
+    assert answers.logits.shape[:2] == answers.shares.shape[:2] == (2, 20)
+    assert [taken[f"hidden[{layer}]"].shape for layer in range(2)] == [(2, 20, 32)] * 2
+    taken["hidden[1]"].sum().backward()
+    assert any(part.grad is not None for part in model.module.net.model.decoder.parameters())
+    recorder.close()
+    copy.deepcopy(model.module)
 
 
 def test_taps_are_what_the_roles_say() -> None:

@@ -20,9 +20,9 @@ from tutelage.core.error import UserError, nearest
 from tutelage.models.detectors.dense import Targets, clipped, picked, top
 
 #: Types that see which pixels are padding, and whose boxes are shares of the image without it.
-MASKED = ("detr", "conditional_detr", "deformable_detr", "dab_detr")
+MASKED = ("detr", "conditional_detr", "deformable_detr", "dab-detr", "table-transformer")
 #: Types whose scores are a softmax with a last class for nothing; the others' are sigmoids.
-SOFTMAX = ("detr",)
+SOFTMAX = ("detr", "table-transformer", "yolos")
 #: Types that take pixels in [0, 1] as they are.
 PLAIN = ("rt_detr", "rt_detr_v2", "d_fine")
 IMAGENET = InputSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
@@ -98,6 +98,18 @@ class Transformer(nn.Module):
         self.net, self.most = net, most
         self.kind = str(net.config.model_type)
         self.pixels = InputSpec() if self.kind in PLAIN else IMAGENET
+        decoder = getattr(getattr(net, "model", None), "decoder", None)
+        self.layers = [f"net.model.decoder.layers.{layer}" for layer in range(len(decoder.layers))] if decoder else []
+        # with the targets some types are also asked to restore noisy boxes, by queries that stand before the others:
+        # what the layers said is kept for the length of a forward and tapped behind the cut
+        self.noisy = hasattr(net.config, "num_denoising")
+        self.hidden = nn.ModuleList([nn.Identity() for _ in self.layers if self.noisy])
+        self.kept: list[Tensor] = []
+        for path in self.layers if self.noisy else ():
+            self.get_submodule(path).register_forward_hook(self._keep)
+
+    def _keep(self, module: nn.Module, given: Any, found: Any) -> None:
+        self.kept.append(found if isinstance(found, Tensor) else found[0])
 
     def forward(self, pixels: Tensor, image_size: Tensor | None = None, targets: Targets | None = None) -> Answers:
         """Return the answers of all queries.
@@ -122,18 +134,25 @@ class Transformer(nn.Module):
                 {"class_labels": one["labels"], "boxes": _shares(one["boxes"], side)}
                 for one, side in zip(targets, sides, strict=True)
             ]
+        self.kept = []
         said = self.net(pixels, **more)
-        return Answers(said.logits, said.pred_boxes, sides, size, self.kind in SOFTMAX, said.loss, self.most)
+        kept, self.kept = self.kept, []
+        extra = getattr(said, "denoising_meta_values", None)
+        own = slice(int(extra["dn_num_split"][0]) if extra else 0, None)
+        for place, one in zip(self.hidden, kept, strict=True):
+            place(one[:, own])
+        logits, shares = said.logits[:, own], said.pred_boxes[:, own]
+        return Answers(logits, shares, sides, size, self.kind in SOFTMAX, said.loss, self.most)
 
     def roles(self) -> dict[str, Tap]:
-        """Return the places of the maps, of the decoder's layers, and of what each says of classes and boxes."""
-        home, found = self.net.model, {}
+        """Return the places of the maps and of the decoder's layers, where a type has any."""
+        home, found = getattr(self.net, "model", None), {}
         maps = next((name for name in MAPS if isinstance(getattr(home, name, None), nn.ModuleList)), None)
         if maps is not None:
             for level in range(len(getattr(home, maps))):
                 found[f"fpn[{level}]"] = Tap(f"net.model.{maps}.{level}")
-        for layer in range(len(home.decoder.layers)):
-            found[f"hidden[{layer}]"] = Tap(f"net.model.decoder.layers.{layer}")
+        for number, path in enumerate(self.layers):
+            found[f"hidden[{number}]"] = Tap(f"hidden.{number}" if self.noisy else path)
         return found
 
 
