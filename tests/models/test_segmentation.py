@@ -211,6 +211,21 @@ def test_tokens_of_segformer() -> None:
     assert [taps[f"patch_embed[{number}]"].shape[1] for number in range(4)] == [256, 64, 16, 4]
 
 
+@pytest.mark.parametrize("name", ["segformer", "upernet", "mask2former"])
+def test_a_folder_of_transformers(tmp_path: Path, name: str) -> None:
+    model = made(name)
+    model.module.save_pretrained(tmp_path)  # type: ignore[operator]
+    again = load(f"hf:{tmp_path}", **FACTS)
+    model.module.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixels()), model(pixels()))
+    assert again.class_names == tuple("abcde")
+    assert again.roles == model.roles
+    other = {**FACTS, "num_classes": 3, "class_names": tuple("xyz")}
+    fewer = load({"model": f"hf:{tmp_path}", "head": "fresh"}, **other)
+    assert fewer(pixels()).shape[1] == 3
+
+
 def test_first_classes_of_a_model_with_more() -> None:
     spec = {"model": "tutelage:espnet", "p": 1, "q": 1, "num_classes": 12, "outputs": 5}
     model, whole = load(spec, **FACTS, seed=0), load({**spec, "outputs": 12}, **FACTS, seed=0)
