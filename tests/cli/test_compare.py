@@ -126,3 +126,25 @@ def test_reports_of_nothing(capsys: CAPSYS) -> None:
     Path("all").mkdir()
     Path("all/comparison.json").write_text("{}")
     assert tutelage(capsys, "report", "all").err[0].startswith("tutelage: all/comparison.json is damaged ('scores')")
+
+
+def test_arms_that_do_not_fit_together_are_told_of_the_way_out(capsys: CAPSYS, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr("tutelage.train.loop.Loop.running", full)
+    told = compared(capsys)
+    said = "tutelage: 3 arms side by side do not fit into memory: --apart runs one after another"
+    assert (told.code, told.err[-1]) == (2, said)
+    with pytest.raises(torch.OutOfMemoryError):
+        compared(capsys, "--apart")
+
+
+def test_one_after_another_gives_the_same(capsys: CAPSYS) -> None:
+    together = compared(capsys, "--json").document
+    Path("all").rename("before")
+    apart = compared(capsys, "--json", "--apart").document
+    assert apart["scores"] == together["scores"]
+    for name in ("kd-0", "kd-1"):
+        one, other = (load_file(f"{place}/{name}/student.safetensors") for place in ("all", "before"))
+        assert all(torch.equal(one[key], other[key]) for key in one)

@@ -222,7 +222,13 @@ def _run(
             )
             for name, arm in arms.items()
         }
-        yield from advance(running)
+        try:
+            yield from advance(running)
+        except torch.OutOfMemoryError as error:
+            if len(left) < 2:
+                raise
+            said = f"{len(left)} arms side by side do not fit into memory: --apart runs one after another"
+            raise UserError(said) from error
 
 
 def _shared(arms: Mapping[str, Recipe], places: Mapping[str, Path | None], runtime: Runtime) -> dict[str, Given]:
