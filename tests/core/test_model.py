@@ -13,6 +13,17 @@ from tutelage.core.error import UserError
 STAGES = {"stages[0]": Tap("conv"), "stages[1]": Tap("mix", key=0), "stages[1].pre": Tap("bn", side="input")}
 
 
+def test_a_long_row_of_roles_is_shown_by_its_ends() -> None:
+    roles = {f"{kind}[{number}]": Tap("mix") for number in range(12) for kind in ("blocks", "q")}
+    given = Model(Small(), roles={**roles, "tokens": Tap("mix")})
+    with pytest.raises(UserError) as error:
+        given.resolve(Tap("map"))
+    assert str(error.value) == (
+        "Small has no role 'map'; its roles: blocks[0]...blocks[11], q[0]...q[11], tokens; "
+        "where a method takes tokens for a map, name the tap `tokens`"
+    )
+
+
 def model(**words: Any) -> Model:
     return Model(Small().eval(), roles={**STAGES, "map": Tap("mix")}, modules={"classifier": "head"}, **words)
 

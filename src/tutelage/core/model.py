@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A user's module with what the library must know to call and tap it."""
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.nn import functional as F
 from tutelage.core.error import UserError, nearest
 from tutelage.core.tap import Tap, expand, is_role
 from tutelage.core.text import TextSpec
+
+SHOWN = 4  # of a row of roles in a message
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,14 @@ class Outputs:
     names: tuple[str, ...] = ("logits",)
     plain: Callable[[Any], Tensor | tuple[Tensor, ...]] | None = None
     batched: bool = True
+
+
+def _in_short(roles: Iterable[str]) -> list[str]:
+    """Return roles in their order, a long row of one kind as its ends: `blocks[0]...blocks[11]`."""
+    rows: dict[str, list[str]] = {}
+    for role in roles:
+        rows.setdefault(re.sub(r"\d+", "*", role), []).append(role)
+    return [word for row in rows.values() for word in (row if len(row) <= SHOWN else [f"{row[0]}...{row[-1]}"])]
 
 
 @dataclass
@@ -151,8 +162,10 @@ class Model:
 
     def _missing(self, role: str) -> str:
         nothing = "none (build it with tutelage.models.load or adapt, or name a module path)"
-        known = ", ".join(self.roles) or nothing
-        return f"{type(self.module).__name__} has no role {role!r}; its roles: {known}"
+        known = ", ".join(_in_short(self.roles)) or nothing
+        tokens = role == "map" and "tokens" in self.roles
+        hint = "; where a method takes tokens for a map, name the tap `tokens`" if tokens else ""
+        return f"{type(self.module).__name__} has no role {role!r}; its roles: {known}{hint}"
 
     def _counted(self, where: str) -> str:
         """Turn a negative index of a role into a positive one."""
