@@ -160,3 +160,13 @@ def test_bad_annotations_stop_a_run(home: Path) -> None:
     file.write_text(json.dumps(given))
     with pytest.raises(UserError, match="1 boxes outside their image"):
         distill(recipe(home, "retinanet"), home / "run", quiet=True)
+
+
+def test_long_scoring_tells_how_far_it_is(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("tutelage.train.log.Log.show", lambda self, step, said="": told.append(said))
+    distill(recipe(home, "retinanet", teacher=None, objective={"task": 1.0}), home / "run", quiet=True)
+    assert {"scoring 1/2", "scoring 2/2", "scoring"} <= set(told)
+    told.clear()
+    evaluate(home / "run")
+    assert told == ["scoring 1/2", "scoring 2/2", "scoring"]

@@ -60,8 +60,14 @@ class Result:
         return self.trained or load_model(f"run:{self.folder.path}")
 
 
-def score(distiller_or_model: Distiller | Model, task: Task, loader: Loader, device: torch.device) -> dict[str, float]:
-    """Return the task's scores of a student over a loader, in eval mode."""
+def score(
+    distiller_or_model: Distiller | Model,
+    task: Task,
+    loader: Loader,
+    device: torch.device,
+    progress: Callable[[int, str], None] = lambda done, said: None,
+) -> dict[str, float]:
+    """Return the task's scores of a student over a loader, in eval mode; `progress` is told of every batch."""
     if isinstance(distiller_or_model, Distiller):
         module, answer = distiller_or_model.student, distiller_or_model.answer
     else:
@@ -74,9 +80,11 @@ def score(distiller_or_model: Distiller | Model, task: Task, loader: Loader, dev
     module.eval()
 
     def answers() -> Iterator[tuple[Any, Batch]]:
-        for batch in loader.epoch(0):
+        for number, batch in enumerate(loader.epoch(0), start=1):
+            progress(number, f"scoring {number}/{len(loader)}")
             moved = batch.to(device)
             yield answer(moved), moved
+        progress(len(loader), "scoring")  # what follows the last batch may take as long
 
     return task.score(answers())
 
@@ -179,7 +187,13 @@ def distilling(
                 log,
                 shelf=shelf,
                 save_every=_every(settings.save_every, made.steps_per_epoch),
-                evaluate=lambda: score(made.distiller, made.task, made.data.validation, runtime.device),
+                evaluate=lambda: score(
+                    made.distiller,
+                    made.task,
+                    made.data.validation,
+                    runtime.device,
+                    lambda done, said: log.show(made.distiller.step, said),
+                ),
                 evaluate_every=_every(settings.evaluate_every, made.steps_per_epoch),
                 **({} if given.batches is None else {"batches": given.batches}),
             )

@@ -9,6 +9,7 @@ from tutelage.models.load import load as load_model
 from tutelage.run.assemble import task_of
 from tutelage.run.distill import score
 from tutelage.run.folder import RunFolder
+from tutelage.train.log import Log
 from tutelage.train.runtime import Runtime
 
 
@@ -39,4 +40,5 @@ def evaluate(run: Path, *, source: str | None = None, split: str = "validation")
     runtime = Runtime(recipe.train.device)
     model.module.to(runtime.device)
     task = task_of(recipe.task, **data.task_facts())
-    return score(model, task, loader, runtime.device)
+    with Log(None, total=len(loader), title=split) as log:
+        return score(model, task, loader, runtime.device, log.show)
