@@ -105,7 +105,9 @@ def rim(masks: Tensor, width: int) -> Tensor:
     return masks & (near > 0)
 
 
-def boundary_counts(answer: Tensor, target: Tensor, num_classes: int, ratio: float) -> tuple[Tensor, Tensor]:
+def boundary_counts(
+    answer: Tensor, target: Tensor, num_classes: int, ratio: float, sizes: Sequence[Sequence[int]] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return pixels in both rims and in either of them, by class.
 
     The rim of a class reaches `ratio` of the image's diagonal into it. Where the truth is ignored, the answer is
@@ -116,18 +118,19 @@ def boundary_counts(answer: Tensor, target: Tensor, num_classes: int, ratio: flo
         target: `[B, H, W]` classes, -1 where ignored.
         num_classes: K.
         ratio: width of the rim over the diagonal.
+        sizes: (height, width) of each image without padding; None where nothing is padded.
 
     Returns:
         Two `[K]` int64.
 
     Reference: Cheng et al., Boundary IoU: Improving Object-Centric Image Segmentation Evaluation, CVPR 2021.
     """
-    height, width = target.shape[-2:]
-    reach = max(1, round(ratio * (height**2 + width**2) ** 0.5))
+    own = [target.shape[-2:]] * len(target) if sizes is None else sizes
     kinds = torch.arange(num_classes, device=target.device)[:, None, None]
     both, either = torch.zeros(2, num_classes, dtype=torch.int64, device=target.device)
-    for found, truth in zip(answer.where(target >= 0, IGNORED), target, strict=True):
-        one, other = (rim(side == kinds, reach) for side in (found, truth))
+    for found, truth, (height, width) in zip(answer.where(target >= 0, IGNORED), target, own, strict=True):
+        reach = max(1, round(ratio * (height**2 + width**2) ** 0.5))
+        one, other = (rim(side[:height, :width] == kinds, reach) for side in (found, truth))
         both += (one & other).sum((1, 2))
         either += (one | other).sum((1, 2))
     return both, either
@@ -355,7 +358,9 @@ class Segmentation:
             loss = cross_entropy(logits, target, target >= 0).double() * (target >= 0).sum()
             rows = [found.flatten(), loss[None]]
             if self.boundary:
-                rows += [side.double() for side in boundary_counts(answer, target, self.num_classes, self.boundary)]
+                sizes = None if batch.frame is None else batch.frame.image_size.tolist()
+                counts = boundary_counts(answer, target, self.num_classes, self.boundary, sizes)
+                rows += [side.double() for side in counts]
             row = torch.cat(rows)
             table = row if table is None else table + row
         if table is None or not float(table[: self.num_classes**2].sum()):
