@@ -166,6 +166,10 @@ def test_a_shared_teacher_answers_a_batch_once_and_each_with_what_it_reads() -> 
     again = small_batch()
     torch.testing.assert_close(one.observe(again)["teacher"].logits, one.observe(batch)["teacher"].logits)
     assert len(calls) == 2  # equal pixels in another tensor: nothing is compared
+    del batch, again
+    one.observe(last := small_batch())
+    assert len(shared.common.answers) == 1  # what nobody can ask for again is forgotten
+    assert len(last)
     assert shared.model is teacher.model
     assert shared.networks() == (network,)
 

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, final
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,7 @@ class _Common:
     teacher: Live
     taps: dict[Tap, None] = field(default_factory=dict)
     borrows: dict[str, None] = field(default_factory=dict)
-    answers: "deque[tuple[Tensor, Signals]]" = field(default_factory=lambda: deque(maxlen=ANSWERS))
+    answers: "deque[tuple[ref[Tensor], Signals]]" = field(default_factory=lambda: deque(maxlen=ANSWERS))
 
 
 @final
@@ -167,11 +168,14 @@ class Shared(Teacher):
     def observe(self, batch: Batch) -> Signals:
         """Return the network's signals, of now or of when another asked."""
         key = _first(batch.inputs)
-        for seen, signals in self.common.answers:
-            if seen is key:
+        answers = self.common.answers
+        for seen, signals in answers:
+            if seen() is key:
                 return self._own(signals)
+        while answers and answers[0][0]() is None:  # nobody can ask for it again
+            answers.popleft()
         signals = self.common.teacher.observe(batch)
-        self.common.answers.append((key, signals))
+        answers.append((ref(key), signals))
         return self._own(signals)
 
     def _own(self, signals: Signals) -> Signals:
