@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from detector_case import framed, pictures
-from tutelage.core import Model
+from tutelage.core import Batch, Model
 from tutelage.core.error import UserError
 from tutelage.core.picture import Depicting, Picture
 from tutelage.data.annotations import Annotated, encoded
@@ -96,6 +96,25 @@ class Oracle(nn.Module):
 
     def forward(self, pixels: Tensor, image_size: Tensor | None = None) -> "Oracle":
         return self
+
+
+def test_masks_wait_for_their_score_as_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Found] = []
+
+    def scored(truths: Any, found: Sequence[Found], *_: Any, masks: bool, **__: Any) -> dict[str, float]:
+        kept.extend(found if masks else ())
+        return {}
+
+    monkeypatch.setattr("tutelage.tasks.detection.average_precision", scored)
+    full = torch.zeros(1, 64, 64, dtype=torch.bool)
+    full[:, :20, :20] = True
+    known = [truth(BOXES[:1], [0], masks=full)]
+    said = {"boxes": BOXES[:1], "labels": torch.tensor([0]), "scores": torch.tensor([0.9]), "masks": full}
+    batch = Batch.of(torch.zeros(1, 3, 64, 64), torch.zeros(1), extra={"truths": known, "annotated": [True]})
+    Detection(2).score([(Oracle([said]), batch)])
+    assert [one.masks for one in kept] == [None]
+    assert kept[0].codes == codes(full)
+    assert kept[0].plain()["masks"] == told(BOXES[:1], [0], [0.9], full).plain()["masks"]
 
 
 @pytest.mark.parametrize("shortest", [64, 48, 96])

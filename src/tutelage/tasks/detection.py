@@ -4,7 +4,7 @@
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, final, runtime_checkable
 
@@ -54,6 +54,7 @@ class Found:
         scores: `[n]`, or None for the truth.
         masks: `[n, H, W]` bool, or None.
         shown: least score of what is drawn.
+        packed: the masks as COCO's run-length codes, in their place.
     """
 
     boxes: Tensor
@@ -62,6 +63,16 @@ class Found:
     scores: Tensor | None = None
     masks: Tensor | None = None
     shown: float = 0.3
+    packed: Sequence[dict[str, Any]] | None = None
+
+    @property
+    def codes(self) -> Sequence[dict[str, Any]] | None:
+        """Masks as COCO's run-length codes, or None."""
+        return self.packed if self.masks is None else codes(self.masks)
+
+    def pack(self) -> "Found":
+        """Return the same without the pixels of its masks: their codes take a small part of the room."""
+        return replace(self, masks=None, packed=self.codes)
 
     def plain(self) -> dict[str, Any]:
         """Return boxes, names and scores, and masks as COCO's run-length codes."""
@@ -72,8 +83,8 @@ class Found:
         }
         if self.scores is not None:
             found["scores"] = [round(score, 4) for score in self.scores.tolist()]
-        if self.masks is not None:
-            found["masks"] = [{**code, "counts": code["counts"].decode()} for code in codes(self.masks)]
+        if (packed := self.codes) is not None:
+            found["masks"] = [{**code, "counts": code["counts"].decode()} for code in packed]
         return found
 
     def draw(self, image: Tensor) -> Tensor:
@@ -188,10 +199,10 @@ class Detection:
             for picture, truth, known in zip(pictures, batch.extra["truths"], batch.extra["annotated"], strict=True):
                 if known:
                     truths.append(truth)
-                    found.append(picture)
+                    found.append(picture.pack())  # all images are kept to the end
         if not any(len(truth.labels) for truth in truths):
             raise UserError("nothing to score: no annotated thing in this split")
-        with_masks = any(truth.shapes for truth in truths) and any(one.masks is not None for one in found)
+        with_masks = any(truth.shapes for truth in truths) and any(one.packed is not None for one in found)
         scores = average_precision(truths, found, self.class_names, masks=False, per_class=self.per_class)
         if with_masks:
             more = average_precision(truths, found, self.class_names, masks=True, per_class=self.per_class)
@@ -342,8 +353,9 @@ def _told(found: Sequence[Found], masks: bool) -> Iterable[dict[str, Any]]:
     for image, one in enumerate(found):
         assert one.scores is not None
         order = one.scores.argsort(descending=True, stable=True)[:MOST].tolist()
-        shapes = codes(one.masks[order]) if masks and one.masks is not None else [None] * len(order)
-        for place, code in zip(order, shapes, strict=True):
+        packed = one.codes if masks else None
+        for place in order:
+            code = None if packed is None else packed[place]
             box = _wide(one.boxes[place].tolist())
             area = box[2] * box[3] if code is None else float(mask.area(code))
             row = {"image_id": image, "category_id": int(one.labels[place]), "score": float(one.scores[place])}
