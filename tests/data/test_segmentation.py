@@ -210,6 +210,26 @@ def test_images_of_which_nothing_is_known(tmp_path: Path) -> None:
     assert found.name(0) == str(file)
 
 
+@pytest.mark.parametrize(
+    ("sides", "size", "together"), [((8, 8, 8), None, 3), ((8, 12, 8), None, 1), ((8, 12, 8), 8, 3)]
+)
+def test_images_of_several_sizes_are_scored_one_at_a_time(
+    tmp_path: Path, sides: tuple[int, ...], size: int | None, together: int
+) -> None:
+    for split in ("train", "val"):
+        for number, side in enumerate(sides):
+            for kind, mode in (("images", "RGB"), ("masks", "L")):
+                file = tmp_path / kind / split / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new(mode, (side, 8)).save(file)
+    section = {"source": f"masks:{tmp_path}", "batch_size": 3, "image_size": size, "segmentation": {"classes": 2}}
+    data = load(section, task="segmentation")
+    assert [len(batch) for batch in data.validation.epoch()] == [together] * (3 // together)
+    for batch in data.validation.epoch():
+        assert batch.frame is not None
+        assert batch.frame.image_size.unique(dim=0).tolist() == [list(batch.frame.size)]
+
+
 def table(size: tuple[int, int] = (4, 6)) -> Any:
     datasets = pytest.importorskip("datasets")
     kinds = datasets.Features({"picture": datasets.Image(), "annotation": datasets.Image()})

@@ -3,6 +3,7 @@ import importlib
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -359,6 +360,17 @@ def test_a_perfect_answer_scores_one_everywhere() -> None:
     for word in ("miou", "pixel_accuracy", "mean_accuracy", "boundary_iou", "iou/0", "iou/2"):
         assert found[word] == 1.0
     assert "boundary_iou" not in Segmentation(3, boundary=0).score([(answered(target, 3), batch_of(target))])
+
+
+def test_padding_moves_no_boundary() -> None:
+    target, given_ = drawn(0, 1, 60, 60), drawn(1, 1, 60, 60, ignored=False)
+    none = torch.zeros(0)
+    frame = Frame((200, 200), torch.tensor([[60, 60]]), none.view(0, 4), none.long())
+    room = (0, 140, 0, 140)
+    padded = replace(batch_of(F.pad(target, room, value=-1)), frame=frame)
+    one = Segmentation(3).score([(answered(given_, 3), batch_of(target))])
+    other = Segmentation(3).score([(answered(F.pad(given_, room), 3), padded)])
+    assert other["boundary_iou"] == pytest.approx(one["boundary_iou"])
 
 
 def test_the_boundary_score_sees_what_the_region_score_hardly_does() -> None:

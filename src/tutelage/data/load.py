@@ -320,7 +320,7 @@ def load(
     plain = None if dense else augment.build(section.augment, train=False, size=section.image_size)
     alike: dict[str, Any] = {"seed": seed, "workers": section.workers, "on_error": section.on_error}
     held_out = {  # read whole by every rank: a score needs all answers
-        name: Loader(sets[name], section.batch_size, train=False, transform=plain, **alike)
+        name: Loader(sets[name], _scored_together(sets[name], section), train=False, transform=plain, **alike)
         for name in ("validation", "test")
         if name in sets
     }
@@ -343,6 +343,11 @@ def load(
         **alike,
     )
     return Splits(loader, held_out["validation"], held_out.get("test"), apart)
+
+
+def _scored_together(samples: Samples, spec: Spec) -> int:
+    """Return how many images are scored at once: one where its padding would hang on its neighbours' sizes."""
+    return 1 if getattr(samples, "padded", False) else spec.batch_size
 
 
 def _dense(task: str, spec: Spec) -> Sets:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images with a class for every pixel, changed together with them; pixels that are ignored are -1 from here on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from tutelage.data import masks
 from tutelage.data.annotations import Troubles
 from tutelage.data.augment import pair
 from tutelage.data.folder import read_image
+from tutelage.data.loader import UNREADABLE
 from tutelage.data.masks import IGNORED, Codes, Pair
 from tutelage.data.samples import class_words, to_unit
 from tutelage.functional.noise import mix, uniform
@@ -443,6 +445,20 @@ class ClassMaps:
     def name(self, index: int) -> str:
         """Return the path of the image, or the set and the number."""
         return self.source.name(int(self.place[index]))
+
+    @property
+    def padded(self) -> bool:
+        """Whether images of a batch have several sizes: padding then has a part in what is said of them."""
+        if self.size is not None:
+            return False
+        sizes = self._sizes()
+        first = next(sizes, None)
+        return any(size != first for size in sizes)
+
+    def _sizes(self) -> Iterator[tuple[int, int]]:
+        for place in self.place.tolist():
+            with suppress(*UNREADABLE):  # such an image is named when its batch is read
+                yield self.source.size(place)
 
     def keep(self, index: Tensor) -> "ClassMaps":
         """Return the set of these samples, in this order."""
