@@ -8,6 +8,7 @@ from tutelage.core import Tap
 from tutelage.core.error import UserError
 from tutelage.core.tap import Recorder
 from tutelage.models.detectors.pyramid import Pyramid, blacked
+from tutelage.models.detectors.towers import Norm
 
 BACKBONES = ("tiny4", "tiny4x2", "torchvision:resnet18", "torchvision:mobilenet_v3_small", "timm:resnet10t")
 
@@ -36,6 +37,21 @@ def test_taps_are_what_is_returned() -> None:
     assert all(torch.equal(taken[f"fpn[{level}]"], one) for level, one in enumerate(maps))
     assert [taken[f"stages[{i}]"].shape[1] for i in range(4)] == [4, 8, 16, 32]
     assert isinstance(roles["fpn[0]"], Tap)
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_levels_are_tapped_before_their_norm(norm: Norm) -> None:
+    pyramid = Pyramid("tiny4", width=8, extra="p6p7", norm=norm)
+    recorder = Recorder(nn.ModuleDict({"backbone": pyramid}), pyramid.roles())
+    with recorder:
+        maps = pyramid(torch.rand(2, 3, 128, 128))
+    taken = recorder.release()
+    recorder.close()
+    for level in range(3):
+        assert not torch.allclose(taken[f"fpn[{level}]"], maps[level])
+        layer = pyramid.get_submodule(f"fpn.layer_blocks.{level}.1")
+        torch.testing.assert_close(layer(taken[f"fpn[{level}]"]), maps[level])
+    assert [torch.equal(taken[f"fpn[{level}]"], maps[level]) for level in (3, 4)] == [True, True]
 
 
 def test_padding_is_black_after_normalisation() -> None:

@@ -190,6 +190,7 @@ class Pyramid(nn.Module):
         elif count == 1:
             more = LastLevelMaxPool()
         layer = normalization(norm or "none", "norm")
+        self.normed = layer is not None
         self.fpn = FeaturePyramidNetwork(taken, width, more, layer)
         self.strides = (*levels, *(levels[-1] * 2**step for step in range(1, count + 1)))
         # taps stand on identities: some maps are made by no module of their own
@@ -218,10 +219,17 @@ class Pyramid(nn.Module):
         return [level(found) for level, found in zip(self.levels, self.fpn(taken).values(), strict=True)]
 
     def roles(self, path: str = "backbone") -> dict[str, Tap]:
-        """Return the taps `stages[i]` and `fpn[i]`, where the pyramid lies at a path of its model."""
+        """Return the taps `stages[i]` and `fpn[i]`, where the pyramid lies at a path of its model.
+
+        Where a norm follows the pyramid's convolutions, `fpn[i]` lies before it.
+        """
         found = {f"stages[{number}]": Tap(f"{path}.stages.{number}") for number in range(len(self.stages))}
         found["map"] = found[f"stages[{len(self.stages) - 1}]"]
-        return found | {f"fpn[{number}]": Tap(f"{path}.levels.{number}") for number in range(len(self.levels))}
+        levels = {f"fpn[{number}]": Tap(f"{path}.levels.{number}") for number in range(len(self.levels))}
+        if self.normed:
+            blocks = range(len(self.places))
+            levels |= {f"fpn[{number}]": Tap(f"{path}.fpn.layer_blocks.{number}.0") for number in blocks}
+        return found | levels
 
 
 def blacked(pixels: Tensor, image_size: Tensor) -> Tensor:
