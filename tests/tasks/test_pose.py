@@ -23,7 +23,7 @@ from tutelage.models.load import load
 from tutelage.run.distill import distill
 from tutelage.run.pictures import draw, task_named
 from tutelage.run.recipe import parse
-from tutelage.tasks.pose import Pose, Skeletons, _Scored, average_precision, oks, person_score, to_openpose
+from tutelage.tasks.pose import Pose, Scored, Skeletons, average_precision, distinct, oks, person_score, to_openpose
 
 GOLDEN = ("core/dwpose_openpose_map",)
 
@@ -79,7 +79,8 @@ def test_similarity_equals_the_loop() -> None:
 def test_precision_agrees_with_similarity() -> None:
     found, truth, area = people(40)
     sigmas = torch.tensor(BODY.sigmas)
-    scored = _Scored(found.float(), torch.ones(40, 17), truth.float(), area.float(), torch.arange(40))
+    images = torch.arange(40)
+    scored = Scored(found.float(), torch.ones(40), images, truth.float(), area.float(), images)
     near = oks(found, truth, area, sigmas.double())
     scores = average_precision(scored, sigmas)
     recalls = [(near >= threshold).double().mean().item() for threshold in np.arange(0.5, 1, 0.05)]
@@ -106,9 +107,53 @@ def test_parts_are_scored_by_themselves() -> None:
 def test_a_part_that_nobody_shows_scores_nothing_and_no_nan() -> None:
     found, truth, area = (part.float() for part in people(4))
     truth[..., 2] = 0
-    scored = _Scored(found, torch.ones(4, 17), truth, area, torch.arange(4))
+    scored = Scored(found, torch.ones(4), torch.arange(4), truth, area, torch.arange(4))
     assert average_precision(scored, torch.tensor(BODY.sigmas)) == {"ap": 0.0, "ap50": 0.0, "ap75": 0.0, "ar": 0.0}
     assert oks(found, truth, area, torch.tensor(BODY.sigmas)).tolist() == [0.0] * 4
+
+
+def test_of_two_answers_for_one_person_the_worse_goes() -> None:
+    _, truth, area = (part.float() for part in people(3))
+    twice = torch.cat([truth[..., :2], truth[:1, :, :2] + 0.1])
+    scores = torch.tensor([0.5, 0.9, 0.8, 0.7])
+    scored = Scored(twice, scores, torch.tensor([4, 4, 5, 4]), truth, area, torch.tensor([4, 4, 5]))
+    sigmas = torch.tensor(BODY.sigmas)
+    stay = distinct(scored, torch.full((4,), 2000.0), sigmas)
+    assert stay.tolist() == [1, 3, 2]
+    assert average_precision(scored.kept(stay), sigmas)["ap"] > 0.99
+    assert average_precision(replace(scored, scores=torch.tensor([0.85, 0.7, 0.6, 0.9])), sigmas)["ap"] < 0.9
+
+
+def test_models_are_scored_on_the_boxes_of_a_detector(tmp_path: Path) -> None:
+    """With the annotated boxes as a detector's, scores are the same; without a person's box it is missed."""
+    plain = figures(4).validation.samples
+    rows = [
+        {"image_id": f"figures[{4 + n}]", "bbox": [x1, y1, x2 - x1, y2 - y1], "score": 0.9}
+        for n, (x1, y1, x2, y2) in enumerate(plain.people.boxes.tolist())
+    ]
+
+    def scored(kept: list[dict[str, Any]]) -> dict[str, float]:
+        (tmp_path / "boxes.json").write_text(json.dumps(kept))
+        pose = {"number": 4, "held_out": 4, "boxes": str(tmp_path / "boxes.json")}
+        given = {"source": "figures", "batch_size": 2, "augment": "none", "pose": pose}
+        data = load_data(given, task="pose", seed=0)
+        answers = []
+        for batch in data.validation.epoch(0):
+            assert len(batch.extra["box_score"]) == len(batch)
+            names = [plain.people.image_ids.tolist().index(one) for one in batch.extra["image_id"].tolist()]
+            truth = plain.people.points[names]
+            matrix = batch.extra["matrix"]
+            inside = torch.linalg.solve(matrix[:, None, :, :2], (truth[..., :2] - matrix[:, None, :, 2])[..., None])
+            shown = replace(batch, target=torch.cat([inside[..., 0], truth[..., 2:]], -1))
+            answers.append((perfect(shown), batch))
+        return Pose(133).score(answers)
+
+    whole = scored(rows)
+    assert "loss" not in whole
+    assert whole["ap"] > 0.9
+    assert scored(rows[:2])["ar"] == pytest.approx(0.5, abs=0.05)
+    with pytest.raises(UserError, match=r"has no box with a score of 0\.3 for the validation images"):
+        scored([])
 
 
 # --- loss ----------------------------------------------------------------------------------------------------

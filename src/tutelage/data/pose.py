@@ -7,6 +7,7 @@ scaled, turned, cut to half a body, mirrored and covered at random, all as funct
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
@@ -51,9 +52,10 @@ class Options:
         also: further sources that are joined to the training set, such as `ubody:PATH`.
         interval: of `ubody`, every so many of a video's frames is read.
         padding: factor on the box around a person.
-        boxes: for `tutelage predict`: people a detector found, COCO results or the `answers.json` of a detector;
-            without it a whole image is one person's box.
-        box_score: of boxes that are taken from there.
+        boxes: people a detector found, COCO results or the `answers.json` of a detector: models are scored on these
+            boxes in the place of the annotated ones, and `tutelage predict` looks for people there; without them it
+            takes a whole image as one person's box.
+        box_score: from which such boxes are taken.
         number: of `figures`, to learn from.
         held_out: of `figures`, to validate on.
         size: of the pictures of `figures`, (height, width).
@@ -201,6 +203,8 @@ class Posed:
         padding: factor on boxes.
         changes: to training crops.
         targets: `[N]` int64, 0 where keypoints are known and -1 where they are withheld.
+        truth: who is there, where `people` are what a detector found.
+        scores: `[N]` of the detector.
     """
 
     people: People
@@ -208,6 +212,8 @@ class Posed:
     padding: float
     changes: Changes
     targets: Tensor
+    truth: People | None = None
+    scores: Tensor | None = None
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -224,7 +230,8 @@ class Posed:
 
     def keep(self, index: Tensor) -> "Posed":
         """Return the set of these people, in this order."""
-        return replace(self, people=self.people.keep(index), targets=self.targets[index])
+        scores = self.scores[index] if self.scores is not None else None
+        return replace(self, people=self.people.keep(index), targets=self.targets[index], scores=scores)
 
     def relabel(self, targets: Tensor) -> "Posed":
         """Return the same people, with keypoints withheld where the target is -1."""
@@ -266,7 +273,22 @@ class Posed:
             "image_id": people.image_ids[index],
             "person": people.ids[index],
         }
-        return batch_of(records, index, view, known, more)
+        batch = batch_of(records, index, view, known, more)
+        if self.truth is None or self.scores is None:
+            return batch
+        mine = torch.isin(self._bearers, index)
+        words = {"points": "everybody", "area": "everybody_area", "image_ids": "everybody_image"}
+        there = {name: getattr(self.truth, word)[mine] for word, name in words.items()}
+        return replace(batch, extra={**batch.extra, **there, "box_score": self.scores[index]})
+
+    @cached_property
+    def _bearers(self) -> Tensor:
+        """Which sample's batch tells of each true person: the first of its image, or the first of all."""
+        assert self.truth is not None
+        first: dict[int, int] = {}
+        for number, image in enumerate(self.people.image_ids.tolist()):
+            first.setdefault(image, number)
+        return torch.tensor([first.get(image, 0) for image in self.truth.image_ids.tolist()], dtype=torch.long)
 
 
 @final
@@ -555,10 +577,47 @@ def read(kind: str, place: str, spec: Any) -> dict[str, Posed]:
         found["validation"] = found.pop("test")
     size = _size(spec, kind)
     changes = Changes.parse(spec.augment)
-    return {
+    sets = {
         split: Posed(people, size, options.padding, changes, torch.zeros(len(people), dtype=torch.long))
         for split, people in found.items()
     }
+    if options.boxes is not None:
+        if "validation" not in sets:
+            raise UserError("data.pose.boxes are those of the validation images, and the source has no such split")
+        sets["validation"] = _detected(sets["validation"], options.boxes, options.box_score)
+    return sets
+
+
+def _detected(annotated: Posed, file: str, least: float) -> Posed:
+    """Return a set with the boxes of a detector in the place of the annotated ones.
+
+    Raises:
+        UserError: if there are none for these images.
+    """
+    truth = annotated.people
+    known = {Path(name).stem: number for number, name in enumerate(truth.names)}
+    known |= {stem.lstrip("0"): number for stem, number in known.items() if stem.isdigit()}
+    image_ids = dict(zip(truth.image.tolist(), truth.image_ids.tolist(), strict=True))
+    rows = [
+        (known[image], box, score)
+        for image, box, score in detections(file)
+        if score >= least and known.get(image) in image_ids and box[2] > box[0] and box[3] > box[1]
+    ]
+    if not rows:
+        raise UserError(f"data.pose.boxes: {file} has no box with a score of {least} for the validation images")
+    image, given, scores = zip(*rows, strict=True)
+    boxes, count = torch.tensor(given, dtype=torch.float32), len(rows)
+    people = replace(
+        truth,
+        image=torch.tensor(image),
+        image_ids=torch.tensor([image_ids[one] for one in image]),
+        ids=torch.arange(count),
+        points=torch.zeros(count, len(truth.layout), 3),
+        boxes=boxes,
+        area=(boxes[:, 2:] - boxes[:, :2]).prod(1),
+    )
+    targets = torch.zeros(count, dtype=torch.long)
+    return replace(annotated, people=people, targets=targets, truth=truth, scores=torch.tensor(scores))
 
 
 def _size(spec: Any, kind: str) -> tuple[int, int]:

@@ -3,8 +3,8 @@
 
 import contextlib
 import io
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -274,42 +274,54 @@ class Pose:
         """Return `ap`, `ap50`, `ap75` and `ar` of all keypoints, the mean similarity `oks`, and the loss.
 
         Of a whole body also the AP of its parts: `body`, `foot`, `face`, `hand` (the mean of both hands) and `whole`,
-        which is `ap` by the name papers give it. AP is COCO's, with the people's annotated boxes.
+        which is `ap` by the name papers give it. AP is COCO's, with the people's annotated boxes. Where the boxes are
+        a detector's, a person's score is the box's times that of the keypoints, the worse of two people of one
+        similarity goes, and there is neither `oks` nor loss.
 
         Raises:
             UserError: if nobody is annotated.
         """
-        found, truth, area, images, losses, count = [], [], [], [], 0.0, 0
-        scored = []
+        rows: dict[str, list[Tensor]] = {}
+        losses, count, detected = 0.0, 0, False
         for output, batch in answers:
             points, scores = self.points(output, batch)
-            kept = batch.labelled
-            found.append(points[kept].cpu())
-            scored.append(scores[kept].cpu())
-            truth.append(batch.extra["truth"][kept].cpu())
-            area.append(batch.extra["area"][kept].cpu())
-            images.append(batch.extra["image_id"][kept].cpu())
+            kept, extra = batch.labelled, batch.extra
+            detected = "everybody" in extra
+            own = person_score(scores)
+            words = ("everybody", "everybody_area", "everybody_image") if detected else ("truth", "area", "image_id")
+            truth = [extra[word] if detected else extra[word][kept] for word in words]
+            given = {
+                **{"points": points[kept], "scores": (own * extra["box_score"] if detected else own)[kept]},
+                **{"images": extra["image_id"][kept], "sizes": extra["area"][kept]},
+                **dict(zip(("truth", "area", "truth_images"), truth, strict=True)),
+            }
+            for word, tensor in given.items():
+                rows.setdefault(word, []).append(tensor.cpu())
             losses += float(self.loss(output, batch)) * int(kept.sum())
             count += int(kept.sum())
         if not count:
             raise UserError("nothing to score: nobody is annotated in this split")
-        layout = self.layout or Layout.of_count(found[0].shape[1])
+        found = {word: torch.cat(parts) for word, parts in rows.items()}
+        layout = self.layout or Layout.of_count(found["points"].shape[1])
         if layout is None:
-            raise UserError(f"{found[0].shape[1]} keypoints are no known set: give sigmas (data.pose.sigmas)")
-        people = _Scored(*(torch.cat(part) for part in (found, scored, truth, area, images)))
-        sigmas = torch.tensor(layout.sigmas)
+            raise UserError(f"{found['points'].shape[1]} keypoints are no known set: give sigmas (data.pose.sigmas)")
+        sigmas, sizes = torch.tensor(layout.sigmas), found.pop("sizes")
+        people = Scored(**found)
+        if detected:
+            people = people.kept(distinct(people, sizes, sigmas))
         parts = {"": slice(None)}
         if len(layout.parts) > 1:
             parts |= {name: slice(*span) for name, span in layout.parts.items()}
         table = {name: average_precision(people.part(span), sigmas[span]) for name, span in parts.items()}
-        whole = table.pop("")
-        result = {**whole, "oks": float(oks(people.points, people.truth, people.area, sigmas).mean())}
+        result = table.pop("")
+        if not detected:
+            result["oks"] = float(oks(people.points, people.truth, people.area, sigmas).mean())
         for name, one in table.items():
             result[name] = one["ap"]
         if "left_hand" in result:
             result["hand"] = (result["left_hand"] + result["right_hand"]) / 2
-            result["whole"] = whole["ap"]
-        return {**result, "loss": losses / count}
+            result["whole"] = result["ap"]
+        return result if detected else {**result, "loss": losses / count}
 
     # --- pictures ----------------------------------------------------------------------------------------
 
@@ -348,21 +360,63 @@ class Pose:
 
 @final
 @dataclass(frozen=True)
-class _Scored:
-    """People as found and as annotated, one to one."""
+class Scored:
+    """People as found and as annotated.
+
+    Args:
+        points: `[M, K, 2]` as found.
+        scores: `[M]`.
+        images: `[M]` numbers of images.
+        truth: `[G, K, 3]` x, y, visibility.
+        area: `[G]` square pixels.
+        truth_images: `[G]`.
+    """
 
     points: Tensor
     scores: Tensor
+    images: Tensor
     truth: Tensor
     area: Tensor
-    images: Tensor
+    truth_images: Tensor
 
-    def part(self, span: slice) -> "_Scored":
+    def part(self, span: slice) -> "Scored":
         """Return a part of the keypoints; the people's scores stay those of all of them."""
-        return _Scored(self.points[:, span], self.scores, self.truth[:, span], self.area, self.images)
+        return replace(self, points=self.points[:, span], truth=self.truth[:, span])
+
+    def kept(self, index: Tensor) -> "Scored":
+        """Return some of the people found."""
+        return replace(self, points=self.points[index], scores=self.scores[index], images=self.images[index])
 
 
-def average_precision(people: _Scored, sigmas: Tensor) -> dict[str, float]:
+def distinct(people: Scored, sizes: Tensor, sigmas: Tensor, threshold: float = 0.9) -> Tensor:
+    """Return which people stay, best first in each image: none that is too similar to a better one.
+
+    Args:
+        people: found in boxes that may overlap.
+        sizes: `[M]` square pixels of the boxes; distances are over the mean of two.
+        sigmas: `[K]`.
+        threshold: of the similarity, averaged over all keypoints.
+
+    Returns:
+        Indices, image after image.
+    """
+    stay: list[int] = []
+    for image in people.images.unique().tolist():
+        mine = (people.images == image).nonzero().flatten()
+        mine = mine[people.scores[mine].argsort(descending=True, stable=True)]
+        points, size = people.points[mine], sizes[mine]
+        gap = (points[:, None] - points[None]).square().sum(-1)
+        mean = (size[:, None] + size[None]) / 2
+        near = torch.exp(-gap / (8 * sigmas.square() * mean[..., None])).mean(-1)
+        left = torch.ones(len(mine), dtype=torch.bool)
+        for number in range(len(mine)):
+            if left[number]:
+                left[number + 1 :] &= near[number, number + 1 :] <= threshold
+        stay += mine[left].tolist()
+    return torch.tensor(stay, dtype=torch.long)
+
+
+def average_precision(people: Scored, sigmas: Tensor) -> dict[str, float]:
     """Return COCO's `ap`, `ap50`, `ap75` and `ar` over people; NaN never: without an annotated keypoint they are 0."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -370,16 +424,18 @@ def average_precision(people: _Scored, sigmas: Tensor) -> dict[str, float]:
     shown = people.truth[..., 2] > 0
     if not shown.any():
         return dict.fromkeys(("ap", "ap50", "ap75", "ar"), 0.0)
-    rows = _rows(people, shown.sum(1).tolist())
-    ids = sorted(set(people.images.tolist()))
+    images = [{"id": one} for one in sorted({*people.images.tolist(), *people.truth_images.tolist()})]
+    annotated = _rows(people.truth, people.truth_images, area=people.area, num_keypoints=shown.sum(1))
+    ones = torch.ones_like(people.points[..., :1])
+    answers = _rows(torch.cat([people.points, ones], -1), people.images, score=people.scores)
+    tables = []
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO()
-        truth.dataset = {"images": [{"id": one} for one in ids], "categories": [{"id": 1}], "annotations": rows[0]}
-        truth.createIndex()
-        found = COCO()
-        found.dataset = {**truth.dataset, "annotations": rows[1]}
-        found.createIndex()
-        evaluation = COCOeval(truth, found, "keypoints")
+        for rows in (annotated, answers):
+            table = COCO()
+            table.dataset = {"images": images, "categories": [{"id": 1}], "annotations": rows}
+            table.createIndex()
+            tables.append(table)
+        evaluation = COCOeval(*tables, "keypoints")
         evaluation.params.kpt_oks_sigmas = sigmas.numpy().astype(np.float64)
         evaluation.evaluate()
         evaluation.accumulate()
@@ -388,28 +444,17 @@ def average_precision(people: _Scored, sigmas: Tensor) -> dict[str, float]:
     return dict(zip(("ap", "ap50", "ap75", "ar"), numbers, strict=True))
 
 
-def _rows(people: _Scored, counts: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return annotations and answers as COCO writes them."""
-    truth = people.truth.flatten(1).double().tolist()
-    answers = torch.cat([people.points, torch.ones_like(people.points[..., :1])], -1).flatten(1).double().tolist()
-    score, area = person_score(people.scores).tolist(), people.area.double().tolist()
-    images = people.images.tolist()
-    box = torch.cat([people.points.amin(1), people.points.amax(1) - people.points.amin(1)], 1).tolist()
-    common = [{"id": n + 1, "image_id": images[n], "category_id": 1, "iscrowd": 0} for n in range(len(images))]
-    return (
-        [
-            {
-                **common[n],
-                "keypoints": truth[n],
-                "num_keypoints": counts[n],
-                "area": area[n],
-                "bbox": box[n],
-                "ignore": 0,
-            }
-            for n in range(len(images))
-        ],
-        [
-            {**common[n], "keypoints": answers[n], "score": score[n], "area": area[n], "bbox": box[n]}
-            for n in range(len(images))
-        ],
-    )
+def _rows(points: Tensor, images: Tensor, **more: Tensor) -> list[dict[str, Any]]:
+    """Return annotations or answers as COCO writes them."""
+    flat, image = points.flatten(1).double().tolist(), images.tolist()
+    low, high = points[..., :2].amin(1), points[..., :2].amax(1)
+    box = torch.cat([low, high - low], 1).tolist()
+    size = (high - low).prod(1)
+    words = {word: value.tolist() for word, value in {"area": size, **more}.items()}
+    return [
+        {
+            **{"id": n + 1, "image_id": image[n], "category_id": 1, "iscrowd": 0, "ignore": 0},
+            **{"keypoints": flat[n], "bbox": box[n], **{word: value[n] for word, value in words.items()}},
+        }
+        for n in range(len(image))
+    ]
