@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def test_remarks_tell_of_lost_meaning_and_of_untrained_teachers() -> None:
     assert found.brief[0].startswith("the student's gradient comes from task ")
     assert found.brief[1] == f"look: {found.remarks[0]}"
     assert found.brief[-1] == "4 steps, a few seconds"
+    assert replace(found, steps=1).forecast == "1 step, a few seconds"
     assert check(assemble(tiny()), fitted=False).remarks == (
         "the teacher is fitted to the data before the training: what it says here means nothing yet",
     )

@@ -91,7 +91,7 @@ class Check:
     def forecast(self) -> str:
         """How long the training will take, in words."""
         memory = f", {self.memory / 2**30:.1f} GiB on the device" if self.memory else ""
-        return f"{self.steps} steps, {duration(self.seconds)}{memory}"
+        return f"{self.steps} step{'' if self.steps == 1 else 's'}, {duration(self.seconds)}{memory}"
 
 
 def check(made: Assembled, *, fitted: bool = True) -> Check:
