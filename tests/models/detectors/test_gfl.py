@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,10 +9,15 @@ import torch
 from torch.nn import functional as F
 
 from models.detectors.overfit import exported, found, picture, train
+from tutelage.core import Batch, Distiller, Objective
+from tutelage.core.batch import Frame
 from tutelage.core.error import UserError
 from tutelage.core.tap import Recorder
+from tutelage.methods.detection.crosskd import CrossKD
+from tutelage.methods.detection.ld import LD
 from tutelage.models.detectors.gfl import GFL, distribution_focal, quality_focal
 from tutelage.models.load import load
+from tutelage.tasks.detection import Detection
 
 SMALL: dict[str, Any] = {"backbone": "tiny8", "width": 32, "levels": (4, 8, 16), "extra": "none", "convolutions": 2}
 
@@ -142,3 +148,26 @@ def test_it_exports() -> None:
 def test_options(options: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         tiny(**options)
+
+
+def test_ld_and_crosskd_read_it_as_it_is() -> None:
+    pixels, targets = picture()
+    frame = Frame((64, 64), torch.tensor([[64, 64]]), targets[0]["boxes"], torch.tensor([0, 0]))
+    batch = Batch.of(pixels, frame=frame, extra={"annotated": [True]})
+    batch = replace(batch, target=targets, labelled=torch.tensor([True]))
+    spec = {"model": "tutelage:gfl", "bins": 8, **SMALL}
+    teacher, student = (
+        load({**spec, "backbone": body}, task="detection", num_classes=3, seed=seed)
+        for seed, body in enumerate(("tiny16", "tiny8"))
+    )
+    scales = [f"head.scales.{level}" for level in range(3)]
+    objective = Objective(ld=1.0 * LD(), crosskd=1.0 * CrossKD(box_scales=scales))
+    distiller = Distiller(student, objective, task=Detection(3), teacher=teacher, sample=batch)
+    losses = distiller(batch, distiller.observe(batch))
+    losses.total.backward()
+    assert {"ld.main", "crosskd.cls", "crosskd.box", "task.edges"} <= set(losses.parts)
+    assert all(part.isfinite() for part in losses.parts.values())
+    assert all(losses.parts[name] > 0 for name in ("ld.main", "crosskd.cls", "crosskd.box"))
+    towers = dict(student.module.named_parameters())
+    assert all(towers[f"head.{side}_tower.0.weight"].grad is not None for side in ("cls", "box"))
+    distiller.close()
