@@ -172,3 +172,12 @@ def test_labels_outside_the_image() -> None:
     assert not x[0].any()
     assert x[1].any()
     assert not x[2].any()
+
+
+def test_labels_and_loss_compile_as_one_graph() -> None:
+    def step(x: Tensor, y: Tensor, points: Tensor, visible: Tensor) -> Tensor:
+        return simcc_kl(x, y, *encode(points, visible, (16, 12), sigma=(1.5, 2.0))).sum()
+
+    given = (logits(2, 3, 24), logits(2, 3, 32, seed=1), 12 * torch.rand(2, 3, 2), torch.ones(2, 3))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    assert compiled(*given).item() == pytest.approx(step(*given).item(), rel=1e-6)

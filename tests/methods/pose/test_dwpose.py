@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from method_case import MethodCase, gaussian
@@ -16,6 +19,8 @@ from tutelage.core.schedule import Schedule
 from tutelage.functional.simcc import simcc_kl
 from tutelage.methods.pose.dwpose import OBJECTIVE, DWPose, dwpose
 from tutelage.models.poses.rtmcc import RTMCC
+from tutelage.run.distill import distill
+from tutelage.run.recipe import parse
 
 Arrays = dict[str, NDArray[Any]]
 SHAPES = {"map": (6, 4, 3, 2), "logits.x": (6, 3, 8), "logits.y": (6, 3, 10)}
@@ -252,3 +257,48 @@ def test_signals_that_do_not_meet_are_named(shapes: dict[str, tuple[int, ...]], 
 def test_shapes_that_would_broadcast_are_refused() -> None:
     with pytest.raises(UserError, match=r"logits.x of the student is \[1, 2, 3\], of the teacher \[1, 1, 3\]"):
         dwpose((torch.zeros(1, 2, 3),) * 2, (torch.zeros(1, 1, 3),) * 2)
+
+
+# both stages, in one run
+
+
+def test_the_second_stage_keeps_the_backbone_and_learns_a_new_head(tmp_path: Path) -> None:
+    model = {"model": "tutelage:rtmpose_t", "widen": 0.125, "stages": 2, "hidden": 32, "s": 16}
+    recipe = parse(
+        {
+            "task": "pose",
+            "teacher": {**model, "widen": 0.25},
+            "student": model,
+            "data": {
+                "source": "figures",
+                "image_size": [48, 48],
+                "batch_size": 4,
+                "pose": {"number": 8, "held_out": 4, "size": [64, 48]},
+            },
+            "objective": {"task": 1.0, "dwpose": OBJECTIVE["dwpose"]},
+            "train": {"steps": 2},
+            "stages": [
+                {"name": "first"},
+                {
+                    "name": "second",
+                    "teacher": "previous",
+                    "inherit": {"backbone": "previous.backbone"},
+                    "freeze": ["backbone"],
+                    "objective": {"task": 0.0, "dwpose": {"weight": 1.0, "alpha": 0, "beta": 1.0}},
+                },
+            ],
+        }
+    )
+    distill(recipe, tmp_path / "run", quiet=True)
+    stages = tmp_path / "run" / "stages"
+    first, second = (load_file(stages / name / "student.safetensors") for name in ("first", "second"))
+    whole = load_file(tmp_path / "run" / "student.safetensors")
+    assert first.keys() == second.keys() == whole.keys()
+    for name, tensor in second.items():
+        assert torch.equal(whole[name], tensor)
+        if name.startswith("backbone."):
+            assert torch.equal(first[name], tensor), name
+    assert not torch.equal(first["head.cls_x.weight"], second["head.cls_x.weight"])
+    rows = [json.loads(line) for line in (stages / "second" / "metrics.jsonl").read_text().splitlines()]
+    trained = next(row for row in rows if row["kind"] == "train")
+    assert {name for name in trained if name.startswith("dwpose")} == {"dwpose.logits"}
