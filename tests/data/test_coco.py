@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tutelage.core.error import UserError
-from tutelage.data.annotations import Troubles
+from tutelage.data.annotations import Troubles, encoded
 from tutelage.data.coco import coco
 
 CATEGORIES = [{"id": 7, "name": "dog"}, {"id": 3, "name": "cat"}]
@@ -118,6 +118,60 @@ def test_what_is_no_set_is_named(tmp_path: Path, home: Path) -> None:
     file.write_text(json.dumps({**spec, "categories": spec["categories"][:1]}))
     with pytest.raises(UserError, match="categories of validation are not those of train"):
         coco(home, Troubles("it"))
+
+
+def test_a_test_split_that_others_score_is_passed_over(home: Path) -> None:
+    file = home / "annotations" / "image_info_test2017.json"
+    write(file, [])
+    told = json.loads(file.read_text())
+    file.write_text(json.dumps({word: told[word] for word in ("images", "categories")}))
+    assert coco(home, Troubles("it")).keys() == {"train", "validation"}
+    file.rename(file.with_name("image_info_train2018.json"))
+    (home / "annotations" / "instances_train2017.json").unlink()
+    (home / "annotations" / "captions_train2017.json").unlink()
+    with pytest.raises(UserError, match="is no json of COCO: it has no 'annotations'"):
+        coco(home, Troubles("it"))
+
+
+def test_a_category_without_a_name_and_an_image_without_a_size(tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    write(file, [thing(1, 1, [2, 2, 8, 6])], ("a.png", "b.png", "c.png"))
+    told = json.loads(file.read_text())
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png")
+    del told["images"][1]["height"]
+    del told["images"][2]["file_name"]
+    file.write_text(json.dumps(told))
+    troubles = Troubles("it")
+    assert len(coco(tmp_path, troubles)["train"]) == 1
+    assert troubles.kinds == {"images without id, file_name, height or width": (2, "b.png")}
+    file.write_text(json.dumps({**told, "categories": [{"id": 7}]}))
+    with pytest.raises(UserError, match=r"is no json of COCO: a category has no id or no name: \{'id': 7\}"):
+        coco(tmp_path, Troubles("it"))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damaged_run_length_codes_are_counted(tmp_path: Path, seed: int) -> None:
+    mask = torch.rand(20, 30, generator=torch.Generator().manual_seed(seed)) > (seed + 1) / 7
+    if seed == 4:
+        mask = torch.zeros(20, 30, dtype=torch.bool)
+        mask[3:17, 4:28] = True
+    whole = encoded(mask, (20, 30))["counts"].decode()
+    codes = [
+        *({"counts": whole, "size": [20, 30]}, {"counts": [600], "size": [20, 30]}),
+        *({"counts": whole[:-1], "size": [20, 30]}, {"counts": whole + "o", "size": [20, 30]}),
+        *({"counts": "\u00e9", "size": [20, 30]}, {"counts": whole, "size": [30, 20]}),
+        *({"counts": [599], "size": [20, 30]}, {"counts": [-1, 601], "size": [20, 30]}),
+    ]
+    things = [thing(number, 1, [2, 2, 8, 6], segmentation=code) for number, code in enumerate(codes)]
+    write(tmp_path / "train.json", things, ("a.png",))
+    picture(tmp_path / "a.png")
+    troubles = Troubles("it")
+    [one] = coco(tmp_path, troubles)["train"].images
+    assert torch.equal(one.masks[0], mask)
+    assert len(one.masks) == 2
+    kind = "run-length codes that are damaged, or of another size than their image"
+    assert troubles.kinds == {kind: (6, "annotation 2")}
 
 
 def test_boxes_are_float(home: Path) -> None:

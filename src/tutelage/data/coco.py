@@ -26,7 +26,7 @@ def coco(root: str | Path, troubles: Troubles) -> dict[str, Table]:
     A split is a json file whose name, or whose folder, has the word: `annotations/instances_train2017.json` with
     images in `train2017`, `train/_annotations.coco.json` with images beside it. Images lie in the json's own folder,
     or in the folder of the split, `images` or the root. Of several files of a split the one with `instances` in
-    its name is read.
+    its name is read. A test split without annotations, which others score, is passed over.
 
     Args:
         root: the folder, or a json file (the only split, `train`).
@@ -37,7 +37,7 @@ def coco(root: str | Path, troubles: Troubles) -> dict[str, Table]:
     """
     place = Path(root)
     if place.is_file():
-        return {"train": _table(place, place.parent, "train", troubles)}
+        return {"train": _annotations(place, place.parent, troubles)}
     if not place.is_dir():
         raise UserError(f"data.source: no file or folder {place}")
     files = sorted([*place.glob("*.json"), *place.glob("*/*.json")])
@@ -46,13 +46,15 @@ def coco(root: str | Path, troubles: Troubles) -> dict[str, Table]:
         of_split = [file for file in files if any(word in _words(file, place) for word in words)]
         if of_split:
             chosen = next((file for file in of_split if "instances" in file.name), of_split[0])
-            found[split] = _table(chosen, place, split, troubles)
+            table = _table(chosen, place, split, troubles)
+            if table is not None:
+                found[split] = table
     if "train" not in found:
         if not files:
             raise UserError(f"data.source: {place} holds no json file, nor do the folders in it")
         if len(files) > 1 or found:
             raise UserError(f"data.source: no json file below {place} has `train` in its name, or in its folder's")
-        found["train"] = _table(files[0], place, "train", troubles)
+        found["train"] = _annotations(files[0], place, troubles)
     names = found["train"].class_names
     for split, table in found.items():
         if table.class_names != names:
@@ -67,18 +69,36 @@ def _words(file: Path, root: Path) -> str:
     )
 
 
-def _table(file: Path, root: Path, split: str, troubles: Troubles) -> Table:
+def _annotations(file: Path, root: Path, troubles: Troubles) -> Table:
+    table = _table(file, root, "train", troubles)
+    assert table is not None
+    return table
+
+
+def _table(file: Path, root: Path, split: str, troubles: Troubles) -> Table | None:
+    """Return what a file says of a split; None for a test split without annotations."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         images, categories = found["images"], found["categories"]
+        if split == "test" and "annotations" not in found:
+            return None
         annotations = found["annotations"]
+        for one in categories:
+            if not {"id", "name"} <= one.keys():
+                raise ValueError(f"a category has no id or no name: {one}")
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0]
         raise UserError(f"{file} is no json of COCO: {what}") from error
     ordered = sorted(categories, key=lambda one: one["id"])
     label = {one["id"]: number for number, one in enumerate(ordered)}
+    listed, images = images, [image for image in images if _whole(image)]
+    for image in listed:
+        if not _whole(image):
+            troubles.note(
+                "images without id, file_name, height or width", str(image.get("file_name") or image.get("id"))
+            )
     by_image: dict[Any, list[Mapping[str, Any]]] = {image["id"]: [] for image in images}
     for one in annotations:
         if one.get("image_id") not in by_image:
@@ -97,10 +117,15 @@ def _table(file: Path, root: Path, split: str, troubles: Troubles) -> Table:
         entries.append(_annotated(image, path, by_image[image["id"]], label, troubles))
     if not entries:
         raise UserError(
-            f"{file}: none of its {len(images)} images is there"
+            f"{file}: none of its {len(listed)} images is there"
             + (f", such as {images[0]['file_name']}; looked in {home}" if images else "")
         )
     return Table(tuple(entries), tuple(str(one["name"]) for one in ordered))
+
+
+def _whole(image: Mapping[str, Any]) -> bool:
+    sides = [image.get("height"), image.get("width")]
+    return {"id", "file_name"} <= image.keys() and all(isinstance(side, (int, float)) and side >= 1 for side in sides)
 
 
 class _Home:
@@ -142,7 +167,7 @@ def _annotated(
             troubles.note("annotations without a box", where)
             continue
         shape = one.get("segmentation")
-        kept = _shape(shape, where, troubles)
+        kept = _shape(shape, size, where, troubles)
         if shape and kept is None:
             continue
         left, top, width, height = map(float, box)
@@ -164,16 +189,44 @@ def _annotated(
     )
 
 
-def _shape(given: Any, where: str, troubles: Troubles) -> Shape | None:
+def _shape(given: Any, size: tuple[int, int], where: str, troubles: Troubles) -> Shape | None:
     """Return polygons or a run-length code; None if there is none, or none that encloses anything."""
     if not given:
         return None
     if isinstance(given, Mapping):
         if "counts" in given and "size" in given:
-            return dict(given)
+            if given["size"] == list(size) and _covers(given["counts"]) == math.prod(size):
+                return dict(given)
+            troubles.note("run-length codes that are damaged, or of another size than their image", where)
+            return None
         troubles.note("masks that are neither polygons nor run-length codes", where)
         return None
     whole = [part for part in given if isinstance(part, list) and len(part) >= LEAST and len(part) % 2 == 0]
     if len(whole) < len(given):
         troubles.note("polygons of fewer than three points", where)
     return whole or None
+
+
+def _covers(counts: Any) -> int | None:
+    """Return how many pixels a run-length code has, or None if it is damaged.
+
+    Packed, a count is a row of characters of 5 bits each from the lowest on, the last without the sixth bit; from the
+    third on counts are differences to the one before the last.
+    """
+    if isinstance(counts, str):
+        counts = [ord(letter) - ord("0") for letter in counts]
+        lengths: list[int] = []
+        value = place = 0
+        for number in counts:
+            if not 0 <= number < 64:
+                return None
+            value |= (number & 31) << 5 * place
+            place += 1
+            if not number & 32:
+                value -= (number >> 4 & 1) << 5 * place  # a negative number
+                lengths.append(value + (lengths[-2] if len(lengths) > 2 else 0))
+                value, place = 0, 0
+        counts = None if place else lengths
+    if not isinstance(counts, list) or not all(isinstance(length, int) and length >= 0 for length in counts):
+        return None
+    return sum(counts)
