@@ -62,7 +62,8 @@ class Options:
         for word in given or {}:
             if word not in words:
                 raise UserError(f"data.detection.{word} is not known{nearest(str(word), words)}")
-        known: dict[str, Any] = {} if kind in EMBEDDED else {"shortest": 800, "longest": 1333}
+        as_they_are = kind in EMBEDDED or (given or {}).get("shortest", 0) is None
+        known: dict[str, Any] = {} if as_they_are else {"shortest": 800, "longest": 1333}
         options = cls(**{**known, **(given or {})})
         if options.shortest is not None and min(options.sides, default=0) < 1:
             raise UserError(f"data.detection.shortest counts pixels, not {options.shortest}")
@@ -251,7 +252,10 @@ class Boxed:
 
 
 def _changed(record: Record, word: str) -> Record:
-    """Return a record after one augmentation; boxes that lost most of their area go."""
+    """Return a record after one augmentation.
+
+    A crop drops boxes whose centre lies outside, cuts the others, and drops those of which less than a pixel is left.
+    """
     from torchvision import tv_tensors
     from torchvision.transforms import v2
 
@@ -284,7 +288,7 @@ def _resized(record: Record, size: tuple[int, int]) -> Record:
     masks = record.masks
     if masks is not None:
         masks = (
-            F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0] > 0
+            F.interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0] > 0
             if len(masks)
             else masks.new_zeros(0, *size)
         )
