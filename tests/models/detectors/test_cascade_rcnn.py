@@ -24,7 +24,7 @@ def tiny(**options: Any) -> CascadeRCNN:
 
 def test_one_picture_is_learned_by_heart() -> None:
     model, given = tiny(masks=True), picture()
-    first, last = train(model, given, 120)
+    first, last = train(model, given, 80)
     assert last < first / 2
     answers = found(model, given)
     assert min(answers["overlaps"]) > 0.75, answers

@@ -29,7 +29,7 @@ def tiny(**options: Any) -> GFL:
 
 def test_one_picture_is_learned_by_heart() -> None:
     model, given = tiny(), picture()
-    first, last = train(model, given, 150)
+    first, last = train(model, given, 100)
     assert last < first / 2
     answers = found(model, given)
     assert min(answers["overlaps"]) > 0.75, answers

@@ -24,7 +24,7 @@ def tiny(**options: Any) -> RepPoints:
 
 def test_one_picture_is_learned_by_heart() -> None:
     model, given = tiny(), picture()
-    first, last = train(model, given, 250)
+    first, last = train(model, given, 150)
     assert last < first / 2
     answers = found(model, given)
     assert min(answers["overlaps"]) > 0.75, answers

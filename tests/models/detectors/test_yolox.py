@@ -24,10 +24,9 @@ def tiny(**options: Any) -> YOLOX:
     return YOLOX(3, **{**SMALL, **options})
 
 
-@pytest.mark.parametrize("edges", [False, True])
-def test_one_picture_is_learned_by_heart(edges: bool) -> None:
-    model, given = tiny(edges=edges), picture()
-    first, last = train(model, given, 120)
+def test_one_picture_is_learned_by_heart() -> None:
+    model, given = tiny(edges=True), picture()
+    first, last = train(model, given, 90)
     assert last < first / 2
     answers = found(model, given)
     assert min(answers["overlaps"]) > 0.75, answers
@@ -174,6 +173,7 @@ def test_images_without_boxes_and_some_of_the_images() -> None:
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}
     both = model(pixels.repeat(2, 1, 1, 1))
     losses = both.losses([targets[0], none])
+    assert set(losses) == {"boxes", "objects", "classes"}
     torch.stack(list(losses.values())).sum().backward()
     torch.testing.assert_close(both.rows([0]).losses(targets), model(pixels).losses(targets))
     empty = model(pixels).losses([none])
