@@ -13,6 +13,7 @@ from tutelage.core import Batch, Distiller, Live, Model, Objective
 from tutelage.core.error import UserError
 from tutelage.core.tap import Recorder
 from tutelage.methods.features.cwd import CWD
+from tutelage.methods.segmentation.transkd import TransKD
 from tutelage.models.load import load
 from tutelage.models.segmentation import architectures
 from tutelage.models.segmenters.espnet import ESPNet
@@ -209,6 +210,20 @@ def test_tokens_of_segformer() -> None:
     assert [role for role in taps if role.startswith("blocks")] == [f"blocks[{number}]" for number in range(5)]
     assert taps["blocks[2]"].shape == (2, 64, 16)
     assert [taps[f"patch_embed[{number}]"].shape[1] for number in range(4)] == [256, 64, 16, 4]
+    assert model.input is not None
+    torch.testing.assert_close(taps["patch_embed[0].pre"], model.input.prepare(pixels(), {}))
+    assert torch.equal(taps["patch_embed[1].pre"], taps["stages[0]"])
+
+
+def test_the_assistant_of_transkd_sees_what_the_student_sees() -> None:
+    student, teacher = made("segformer", seed=1), made("segformer", seed=2)
+    batch = Batch.of(pixels(), truth(), labelled=truth() >= 0)
+    objective = Objective(transkd=TransKD(form="ea", middle=4))
+    distiller = Distiller(
+        {"student": student}, objective, task=Segmentation(5), teacher=Live(teacher, "eval"), sample=batch
+    )
+    assert distiller(batch, distiller.observe(batch)).parts["transkd.embedding"] > 0
+    distiller.close()
 
 
 @pytest.mark.parametrize("name", ["segformer", "upernet", "mask2former"])

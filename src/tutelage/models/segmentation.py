@@ -42,7 +42,8 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
     """Return a segmenter with its roles.
 
     - `stages[i]`: maps of the backbone; `map`: what the scores are made from, before any dropout
-    - `blocks[i]`, `patch_embed[i]`: tokens of SegFormer's blocks over all stages, and of what begins each stage
+    - `blocks[i]`, `patch_embed[i]`: tokens of SegFormer's blocks over all stages, and of what begins each stage;
+      `patch_embed[i].pre`: what that is given
     - `classifier`: the module that gives the scores
 
     Args:
@@ -367,6 +368,7 @@ def _transformers_places(module: Any, kind: str) -> tuple[dict[str, Tap], dict[s
             path = f"segformer.stages.{number}"
             taps[f"stages[{number}]"] = Tap(path)
             taps[f"patch_embed[{number}]"] = Tap(f"{path}.patch_embeddings", key=0, layout="tokens")
+            taps[f"patch_embed[{number}].pre"] = Tap(f"{path}.patch_embeddings", "input")
             for inner in range(len(stage.blocks)):
                 taps[f"blocks[{blocks}]"] = Tap(f"{path}.blocks.{inner}", layout="tokens")
                 blocks += 1

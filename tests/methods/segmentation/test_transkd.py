@@ -51,6 +51,11 @@ def named(maps: list[Tensor], embeddings: list[Tensor]) -> Tensors:
     return found | {f"patch_embed[{number}]": one for number, one in enumerate(embeddings)}
 
 
+def given_pixels(student: Signals, pixels: Tensor) -> Signals:
+    """What an assistant reads beside maps and embeddings."""
+    return Signals(None, {**student.taps, "patch_embed[0].pre": pixels})
+
+
 def blank(pixels: Tensor) -> Batch:
     return Batch.of(pixels, torch.full((len(pixels),), -1))
 
@@ -102,7 +107,7 @@ def base(arrays: Arrays) -> dict[str, Any]:
     pixels = torch.zeros(len(free["map"][0]), 3, 1, 1)
     parts = term(student, teacher, blank(pixels))
     (parts["map"] + parts["embedding"]).backward()
-    fused, embedded = term.fuse(student), term.embed(student, pixels)
+    fused, embedded = term.fuse(student), term.embed(student)
     answer: dict[str, Any] = {"loss_hcl": parts["map"], "loss_pea": parts["embedding"]}
     answer |= {f"csf_out{stage}": one for stage, one in enumerate(fused)}
     answer |= {f"pea_out{stage}": one for stage, one in enumerate(embedded)}
@@ -153,7 +158,7 @@ def mixer_of(arrays: Arrays) -> dict[str, Any]:
     load(term, weights | {name: one for name, one in term.state_dict().items() if name in fusion_weights(term)})
     loss = term(student, teacher, blank(maps))["embedding"]
     loss.backward()
-    (projected,) = term.embed(student, maps)
+    (projected,) = term.embed(student)
     return {"loss": loss, "grad_stage4_embedding": tokens.grad, "glmixer_projected": projected}
 
 
@@ -179,7 +184,7 @@ def assistant_of(arrays: Arrays) -> dict[str, Any]:
     weights = {name: one for name, one in weights.items() if name not in shares}
     weights["shares"] = torch.cat([shares[f"fuse_weights.{i}"] for i in range(len(shares))])
     load(term, weights | {name: one for name, one in term.state_dict().items() if name in fusion_weights(term)})
-    found = term.embed(student, torch.tensor(arrays["ea_image"], dtype=torch.float64))
+    found = term.embed(given_pixels(student, torch.tensor(arrays["ea_image"], dtype=torch.float64)))
     return {f"ea_out{stage}": one for stage, one in enumerate(found)}
 
 
@@ -225,7 +230,7 @@ def test_equals_the_loops(form: Any, seed: int, rows: int, stages: int, middle: 
     options: dict[str, Any] = {"form": form, "middle": middle, "heads": 2, "patch_stride": 2}
     term, ours, theirs = built(student, teacher, patch_weights=coefficients, **options)
     pixels = torch.randn(rows, 3, 2 * side, 2 * side, dtype=torch.float64)
-    parts = term(ours, theirs, blank(pixels))
+    parts = term(given_pixels(ours, pixels), theirs, blank(torch.zeros_like(pixels)))
     weights = under_their_names(term)
     maps, goals = arrays_of(student, "stages"), arrays_of(teacher, "stages")
     fused = oracle.csf(maps, weights)
@@ -278,7 +283,8 @@ def test_gradcheck_through_the_layers(form: Any) -> None:
     pixels = torch.randn(2, 3, 8, 8, dtype=torch.float64)
 
     def loss(*free: Tensor) -> Tensor:
-        parts = term(Signals(None, dict(zip(student, free, strict=True))), theirs, blank(pixels))
+        signals = given_pixels(Signals(None, dict(zip(student, free, strict=True))), pixels)
+        parts = term(signals, theirs, blank(pixels))
         total: Tensor = parts["map"] + parts["embedding"]
         return total
 
@@ -355,7 +361,8 @@ def test_gray_pixels_reach_the_assistant() -> None:
         drawn(2, 4, (2, 3), 0), drawn(2, 4, (3, 4), 1), form="ea", patch_stride=2, patch_weights=WEIGHTS
     )
     gray = torch.randn(2, 1, 8, 8)
-    for one, other in zip(term.embed(student, gray), term.embed(student, gray.repeat(1, 3, 1, 1)), strict=True):
+    found = (term.embed(given_pixels(student, seen)) for seen in (gray, gray.repeat(1, 3, 1, 1)))
+    for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 
 
@@ -463,7 +470,7 @@ def test_a_wrong_stride_is_told() -> None:
     term, ours, theirs = built(drawn(2, 4, (2, 3), 0), drawn(2, 4, (2, 3), 1), form="ea", patch_weights=WEIGHTS)
     said = "form ea: an assistant makes 4 tokens where the embedding has 16; set `patch_stride` to the stride of the"
     with pytest.raises(UserError, match=f"^{re.escape(said)}"):
-        term(ours, theirs, blank(torch.zeros(2, 3, 8, 8, dtype=torch.float64)))
+        term(given_pixels(ours, torch.zeros(2, 3, 8, 8)), theirs, blank(torch.zeros(2, 3, 8, 8)))
 
 
 def test_shapes_that_would_broadcast() -> None:

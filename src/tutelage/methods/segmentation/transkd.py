@@ -6,15 +6,15 @@ embeddings go through a linear layer. Two further forms mix global and local vie
 every embedding an assistant. The released mixer starts from uninitialised memory; here its two scalars start at 0.5.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal, final, get_args
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tutelage.core import Batch, Card, Facts, Reads, Signals, Term
+from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import bridge, check_grid, check_maps, check_statistics
 from tutelage.core.error import UserError, nearest
 from tutelage.core.layers import Layers, Places
@@ -235,12 +235,13 @@ class TransKD(Term):
         temperature: see :func:`transkd`.
         middle: width of what the fusions hand on.
         heads: of the mixer's attention.
-        patch_stride: of the first patch embedding, for the assistant; it sees the batch's pixels, the further ones
-            the student's maps.
+        patch_stride: of the first patch embedding, for the assistant.
         student_taps: stage maps of the student, from shallow to deep.
         teacher_taps: stage maps of the teacher, on the same grids.
         student_patches: patch embeddings of the student, from shallow to deep.
         teacher_patches: patch embeddings of the teacher.
+        pixel_tap: pixels as the student's first patch embedding is given them, for the assistant; the further ones
+            see the student's maps.
     """
 
     def __init__(
@@ -258,6 +259,7 @@ class TransKD(Term):
         teacher_taps: Places = ("stages[*]",),
         student_patches: Places = ("patch_embed[*]",),
         teacher_patches: Places = ("patch_embed[*]",),
+        pixel_tap: str | Mapping[str, Any] | Tap = "patch_embed[0].pre",
     ) -> None:
         super().__init__()
         for name, given in (("form", form), ("map_loss", map_loss), ("embedding_loss", embedding_loss)):
@@ -274,11 +276,13 @@ class TransKD(Term):
         self.patch_weights, self.patch_stride = tuple(patch_weights), patch_stride
         self.layers = Layers.parse(student_taps, teacher_taps)
         self.tokens = Layers.parse(student_patches, teacher_patches)
+        self.pixels: tuple[Tap, ...] = (Tap.parse(pixel_tap),) if form == "ea" else ()
 
     @property
     def reads(self) -> Reads:
-        """Stage maps and patch embeddings of both models."""
-        return Reads(self.layers.student + self.tokens.student, self.layers.teacher + self.tokens.teacher)
+        """Stage maps and patch embeddings of both models, and for the form `ea` the student's pixels."""
+        student = self.layers.student + self.tokens.student + self.pixels
+        return Reads(student, self.layers.teacher + self.tokens.teacher)
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:
         """Create the fusions, the linear layers, and what the form adds.
@@ -334,13 +338,8 @@ class TransKD(Term):
             fused.insert(0, out)
         return fused
 
-    def embed(self, student: Signals, pixels: Tensor) -> list[Tensor]:
-        """Return the student's embeddings at the teacher's widths.
-
-        Args:
-            student: its signals.
-            pixels: `[B, 3 or 1, H, W]`, for the form `ea`.
-        """
+    def embed(self, student: Signals) -> list[Tensor]:
+        """Return the student's embeddings at the teacher's widths."""
         tokens = [student[name] for name, _ in self.embeddings]
         if self.form == "gl":
             tokens[-1] = self.mixer(tokens[-1])
@@ -348,7 +347,8 @@ class TransKD(Term):
         if self.form != "ea":
             return projected
         maps = [student[name] for name, _ in self.maps[:-1]]
-        inputs = [pixels.expand(-1, PIXEL_CHANNELS, -1, -1).to(tokens[0].dtype), *maps]
+        pixels = student[self.pixels[0].name].expand(-1, PIXEL_CHANNELS, -1, -1)
+        inputs = [pixels.to(tokens[0].dtype), *maps]
         assistants = [patches(given) for patches, given in zip(self.patches, inputs, strict=True)]
         for own, other in zip(projected, assistants, strict=True):
             if own.shape != other.shape:
@@ -367,7 +367,7 @@ class TransKD(Term):
         return transkd(
             self.fuse(student),
             [teacher[name] for _, name in self.maps],
-            self.embed(student, batch.inputs),
+            self.embed(student),
             [teacher[name] for _, name in self.embeddings],
             patch_weights=self.patch_weights,
             map_loss=self.map_loss,
