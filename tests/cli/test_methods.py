@@ -43,6 +43,8 @@ def test_one_method_in_full(capsys: CAPSYS) -> None:
     assert told.out[1] == "Hinton, Vinyals, Dean. NeurIPS Deep Learning Workshop 2014. arxiv:1503.02531"
     assert "tasks:         classification" in told.out
     assert "reads:         logits" in told.out
+    taps = "tasks:         detection; with other taps, any task that has them"
+    assert taps in tutelage(capsys, "methods", "acam_kd").out
     assert "options:       temperature=4.0, form='kl'" in told.out
     assert "objective:     {task: 0.1, kd: {weight: 0.9}}" in told.out
     found = tutelage(capsys, "methods", "kd", "--json").document

@@ -15,6 +15,8 @@ from tutelage.cli._show import Json, document
 from tutelage.core.card import Card, Listing
 
 SIDES = ("student", "teacher")
+TERMS = ("Term", "Around")  # what the class of a method is derived from
+MORE = "; with other taps, any task that has them"
 
 
 def methods(
@@ -75,7 +77,7 @@ def options(entry: Listing, home: Path) -> dict[str, str]:
     """Return a term's options with their defaults as they are written in its file."""
     text = (home / entry.family / f"{entry.stem}.py").read_text(encoding="utf-8")
     for node in ast.parse(text).body:
-        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id == "Term" for b in node.bases):
+        if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id in TERMS for b in node.bases):
             for part in node.body:
                 if isinstance(part, ast.FunctionDef) and part.name == "__init__":
                     pairs = zip(part.args.kwonlyargs, part.args.kw_defaults, strict=True)
@@ -88,7 +90,7 @@ def described(entry: Listing, tasks: Sequence[str], options: dict[str, str]) -> 
     card = entry.card
     rows = {
         "family": entry.family,
-        "tasks": listed(tasks),
+        "tasks": listed(tasks) + (MORE if any(name.endswith(("tap", "taps")) for name in options) else ""),
         "reads": signals(card),
         "labels": ", ".join(card.labels),
         "averages over": card.averages,

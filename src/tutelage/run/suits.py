@@ -27,7 +27,7 @@ def provided() -> dict[str, frozenset[str]]:
 
 
 def suited(entry: Listing) -> tuple[str, ...]:
-    """Return the tasks whose models offer all that a method reads, in alphabetical order.
+    """Return the tasks whose models offer all that a method reads unless other taps are named, in alphabetical order.
 
     - a method of a family that is named after a task works with that task: `segmentation` compares pixels
     - any other method that reads answers, such as `logits`, takes one answer a sample: it does not work with a task
