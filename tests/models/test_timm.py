@@ -105,6 +105,13 @@ def test_blocks_and_tokens_are_what_timm_itself_gives(name: str) -> None:
     assert "map" not in taps
 
 
+def test_an_attention_pooling_gives_its_first_place() -> None:
+    model = made("resnet50_clip", {})
+    taps, output = readings(model, noise(64))
+    assert taps["pooled"].shape == (2, 2048)
+    assert torch.allclose(model.lend("classifier")(taps["pooled"]), output, atol=1e-5)
+
+
 PYRAMIDS: dict[str, tuple[dict[str, Any], int]] = {
     "levit_128s": ({}, 224),
     "efficientformer_l1": ({}, 64),

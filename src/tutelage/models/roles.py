@@ -81,6 +81,8 @@ def find(
             taps["pooled"] = Tap(head.path, "input")
         elif head.taken is not None and head.taken.ndim == 4 and head.taken.shape[2:].numel() == 1:
             taps["pooled"] = Tap(head.path, "input", layout="flat")
+        elif head.taken is not None and head.taken.ndim == 3 and _pools_by_attention(module, head):
+            taps["pooled"] = Tap(head.path, "input", layout="cls")
     taps |= _tokens(root, images, before, prefix)
     if "tokens" not in taps and images.ndim == 4:
         sight = Sight(images, _channels_last_calls(root, channels_last))
@@ -104,6 +106,11 @@ def _called(root: Call, path: str | None) -> Call | None:
     """Return the last call of a module."""
     calls = [call for call in root.walk() if call.path == path]
     return calls[-1] if calls else None
+
+
+def _pools_by_attention(module: nn.Module, head: Call) -> bool:
+    """Whether a layer projects what an attention pooling sees everywhere, to keep the first place alone."""
+    return "AttentionPool" in type(module.get_submodule(head.path.rpartition(".")[0])).__name__
 
 
 def _classifier(root: Call, logits: Tensor | None) -> Call | None:
