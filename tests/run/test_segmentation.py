@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tutelage.core.error import UserError
 from tutelage.run.distill import distill
 from tutelage.run.evaluate import evaluate
 from tutelage.run.pictures import draw
@@ -44,6 +45,15 @@ def test_methods_on_scenes(tmp_path: Path, method: str) -> None:
     assert all(value == value for value in found.scores.values())
     assert (tmp_path / "run" / "pictures" / "0-truth.png").is_file()
     assert evaluate(tmp_path / "run")["miou"] == pytest.approx(found.scores["miou"])
+
+
+@pytest.mark.parametrize(("model", "known"), [("timm:resnet18", 1000), ("torchvision:lraspp_mobilenet_v3_large", 21)])
+def test_a_published_teacher_of_other_classes_is_refused(tmp_path: Path, model: str, known: int) -> None:
+    teacher = {"model": model, "weights": "pretrained"}
+    with pytest.raises(
+        UserError, match=rf"^teacher: {model} tells {known} classes apart, the data has 11: teacher\.fit"
+    ):
+        distill(recipe(OBJECTIVES["cwd"], teacher=teacher), tmp_path / "run", quiet=True)
 
 
 def test_windows_and_mirrors_are_for_scores_and_pictures(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from tutelage.models import run, weights
 
 #: Kinds that come with random weights unless some are asked for.
 BLANK = ("tutelage", "timm", "torchvision")
+#: Tasks whose models are not held against the number of classes: detectors pick theirs by name, poses have none.
+UNCOUNTED = ("detection", "pose")
 
 
 def untrained(spec: Mapping[str, Any]) -> bool:

@@ -20,7 +20,7 @@ from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.functional.noise import mix
 from tutelage.models.inherit import freeze, inherit
-from tutelage.models.known import trained_classes, untrained
+from tutelage.models.known import UNCOUNTED, trained_classes, untrained
 from tutelage.models.load import load as load_model
 from tutelage.models.weights import OtherClassesError
 from tutelage.run.given import NOTHING, Given, model_of
@@ -211,15 +211,16 @@ def _require_classes(recipe: Recipe, spec: Mapping[str, Any], data: Splits) -> N
     """
     assert recipe.teacher is not None
     of_library = spec["weights"] == "pretrained" or (spec["weights"] is None and spec["model"].startswith("hf:"))
-    if not of_library or recipe.teacher.fit is not None or not data.num_classes or recipe.task.name in DENSE:
+    if not of_library or recipe.teacher.fit is not None or not data.num_classes or recipe.task.name in UNCOUNTED:
         return
+    wanted = int(spec.get("num_classes", data.num_classes)) if "outputs" in spec else data.num_classes
     entries = build_objective(recipe.objective).entries.values()
     read = {tap.where for entry in entries for tap in entry.term.reads.teacher}
     read |= {role for entry in entries for role in entry.term.reads.borrows}
-    known = None if untrained(spec) else trained_classes(spec, data.num_classes)
-    if read & {"logits", "classifier", "classifier.weight"} and known not in (None, data.num_classes):
+    known = None if untrained(spec) else trained_classes(spec, wanted)
+    if read & {"logits", "classifier", "classifier.weight"} and known not in (None, wanted):
         raise UserError(
-            f"teacher: {spec['model']} tells {known} classes apart, the data has {data.num_classes}: "
+            f"teacher: {spec['model']} tells {known} classes apart, the data has {wanted}: "
             "teacher.fit: auto fits it to the data first"
         )
 

@@ -15,7 +15,7 @@ from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
 from tutelage.data.loader import UNREADABLE
 from tutelage.data.samples import Composed, Dense, Held
-from tutelage.models.known import offered, trained_classes, untrained
+from tutelage.models.known import UNCOUNTED, offered, trained_classes, untrained
 from tutelage.models.load import load as load_model
 from tutelage.run.given import NOTHING, Given
 from tutelage.run.recipe import FitSection, Recipe, TeacherSection
@@ -24,8 +24,6 @@ from tutelage.run.recipe import FitSection, Recipe, TeacherSection
 AUGMENT = ["random_resized_crop", "flip"]
 #: A model of any size is not given images below so many pixels a side, unless it was made for fewer.
 SMALLEST, MULTIPLE = 64, 32
-#: Tasks whose teachers are not held against the number of classes: detectors pick theirs by name, poses have none.
-UNCOUNTED = ("detection", "pose")
 LOOKED_AT = 32  # images whose size is looked at
 #: A fit that starts from trained weights takes so much of the run's length, and of its rate.
 LENGTH, RATE = 1 / 3, 0.3
