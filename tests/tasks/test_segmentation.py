@@ -363,7 +363,8 @@ def test_a_perfect_answer_scores_one_everywhere() -> None:
 
 
 def test_padding_moves_no_boundary() -> None:
-    target, given_ = drawn(0, 1, 60, 60), drawn(1, 1, 60, 60, ignored=False)
+    coarse = drawn(0, 1, 3, 3), drawn(1, 1, 3, 3, ignored=False)
+    target, given_ = (one.repeat_interleave(20, 1).repeat_interleave(20, 2) for one in coarse)
     none = torch.zeros(0)
     frame = Frame((200, 200), torch.tensor([[60, 60]]), none.view(0, 4), none.long())
     room = (0, 140, 0, 140)
@@ -371,6 +372,8 @@ def test_padding_moves_no_boundary() -> None:
     one = Segmentation(3).score([(answered(given_, 3), batch_of(target))])
     other = Segmentation(3).score([(answered(F.pad(given_, room), 3), padded)])
     assert other["boundary_iou"] == pytest.approx(one["boundary_iou"])
+    without = Segmentation(3).score([(answered(F.pad(given_, room), 3), replace(padded, frame=None))])
+    assert without["boundary_iou"] != pytest.approx(one["boundary_iou"])  # the rims are those of a larger image
 
 
 def test_the_boundary_score_sees_what_the_region_score_hardly_does() -> None:
