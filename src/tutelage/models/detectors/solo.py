@@ -136,7 +136,7 @@ class Answers:
         inner = (maps > self.inside).to(maps.dtype)
         area = inner.sum((1, 2))
         best = (best * (maps * inner).sum((1, 2)) / area.clamp(min=1)).where(area > least, 0.0)
-        best, order = best.sort(descending=True, stable=True)
+        best, order = best.topk(len(best))
         best = best * decay(inner[order], labels[order], self.sigma)
         best, again = best.where(best > self.last, 0.0).topk(min(self.most, len(best)))
         order = order[again]
