@@ -11,7 +11,6 @@ import argparse
 import json
 import lzma
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tutelage.core.storage import write_text
 from tutelage.data.load import load as load_data
 from tutelage.models.load import load as load_model
 from tutelage.report.environment import environment
-from tutelage.run.compare import arms_of, compare
+from tutelage.run.compare import Compared, arms_of, compare
 from tutelage.run.distill import score
 from tutelage.run.recipe import parse, read_yaml
 from tutelage.tasks.detection import Detection
@@ -63,7 +62,7 @@ class Runtime(nn.Module):
 
 
 def known_scores(recipe: dict[str, Any], weights: Path) -> dict[str, dict[str, float]]:
-    """Return the scores of the ONNX file and of the same network in PyTorch, and the seconds each took."""
+    """Return the scores of the ONNX file and of the same network in PyTorch."""
     words = {**recipe["data"], "batch_size": 1}
     loader = load_data(words, task="detection").validation
     task = Detection(80, class_names=loader.class_names)
@@ -72,12 +71,25 @@ def known_scores(recipe: dict[str, Any], weights: Path) -> dict[str, dict[str, f
         "ONNX Runtime": Model(Runtime(weights / "FastestDet.onnx"), input=InputSpec(bgr=True)),
         "PyTorch": load_model(module, task="detection", num_classes=80, class_names=loader.class_names),
     }
-    found = {}
-    for name, model in models.items():
-        began = time.perf_counter()
-        found[name] = score(model, task, loader, torch.device("cpu"))
-        found[name]["seconds"] = round(time.perf_counter() - began, 1)
-    return found
+    return {name: score(model, task, loader, torch.device("cpu")) for name, model in models.items()}
+
+
+def written(known: dict[str, dict[str, float]], compared: Compared | None) -> None:
+    """Write what is known so far."""
+    plain = None if compared is None else compared.plain()
+    result = {"environment": environment(), "teacher": known, "distillation": plain}
+    write_text(HOME / "results.json", json.dumps(result, indent=2) + "\n")
+    rows = "\n".join(f"| {name} | {100 * row['map']:.1f} | {100 * row['map50']:.1f} |" for name, row in known.items())
+    text = (
+        "# Detection, as measured\n\nThe published FastestDet on 128 validation images of COCO (320 pixels, stretched "
+        "to 352 x 352):\n\n"
+        f"| runs in | mAP (%) | AP at 0.50 (%) |\n| :-- | --: | --: |\n{rows}\n"
+    )
+    if compared is not None:
+        verdict = compared.comparison.verdict
+        text += "\n" + "\n\n".join(table.markdown() for table in compared.tables) + "\n\n"
+        text += " ".join((verdict.sentence, *verdict.details)) + "\n"
+    write_text(HOME / "results.md", text)
 
 
 def main() -> None:
@@ -88,30 +100,16 @@ def main() -> None:
     given = read_yaml((HOME / RECIPE).read_text(), RECIPE)
     given["teacher"] = {"model": f"python:{HOME / 'fastestdet.py'}:fastestdet"}
     given["data"]["source"] = f"coco:{unpacked(asked.coco, asked.out / 'coco')}"
-    known = known_scores(given, asked.weights)
-    print(json.dumps(known, indent=2), flush=True)
+    first = asked.out / "teacher.json"
+    if not first.is_file():
+        write_text(first, json.dumps(known_scores(given, asked.weights), indent=2))
+    known = json.loads(first.read_text())
+    written(known, None)
     given["teacher"]["weights"] = str(asked.weights / "FastestDet_coco.pth")
     recipe = parse(given)
     assert recipe.compare is not None
     title = f"FastestDet -> FCOS on 128 images of COCO, {recipe.train.steps} steps"
-    compared = compare(arms_of(recipe), recipe.compare.seeds, asked.out / "compare", title=title, say=print)
-    plain = compared.plain()
-    result = {"environment": environment(), "teacher": known, "distillation": plain}
-    write_text(HOME / "results.json", json.dumps(result, indent=2) + "\n")
-    rows = "\n".join(
-        f"| {name} | {100 * row['map']:.1f} | {100 * row['map50']:.1f} | {row['seconds']} |"
-        for name, row in known.items()
-    )
-    write_text(
-        HOME / "results.md",
-        "# Detection, as measured\n\nThe published FastestDet on 128 validation images of COCO (320 pixels, stretched "
-        "to 352 x 352):\n\n| runs in | mAP (%) | AP at 0.50 (%) | seconds |\n| :-- | --: | --: | --: |\n"
-        f"{rows}\n\n"
-        + "\n\n".join(table.markdown() for table in compared.tables)
-        + "\n\n"
-        + " ".join((compared.comparison.verdict.sentence, *compared.comparison.verdict.details))
-        + "\n",
-    )
+    written(known, compare(arms_of(recipe), recipe.compare.seeds, asked.out / "compare", title=title, say=print))
 
 
 if __name__ == "__main__":

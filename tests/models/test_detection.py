@@ -128,3 +128,32 @@ def test_weights_for_other_classes(tmp_path: Path) -> None:
 def test_what_cannot_be_had_is_named(spec: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         load(spec, task="detection", num_classes=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_detectors_find_what_torchvisions_do(name: str) -> None:
+    two_stages, ssd = "rcnn" in name, name.startswith("ssd")
+    given: dict[str, Any] = {"box_score_thresh": 0.0} if two_stages else {"score_thresh": 0.0}
+    side, background = (300 if ssd else 160), int(two_stages or ssd)
+    if not ssd:
+        given |= {"min_size": side, "max_size": side}
+    torch.manual_seed(0)
+    theirs: Any = torchvision.models.get_model(name, weights=None, weights_backbone=None, **given).eval()
+    for path, parameter in theirs.named_parameters():  # else all scores are alike
+        if any(word in path for word in ("cls_logits", "cls_score", "classification_head.module_list")):
+            torch.nn.init.normal_(parameter, std=0.002 if background else 0.05)
+    spec = {"model": f"torchvision:{name}", "threshold": 0.0, "most": 100}
+    model = load(spec, task="detection", num_classes=91 - background)
+    eps = {part.eps for part in model.module.modules() if hasattr(part, "running_var")}
+    for part in theirs.backbone.modules():  # torchvision sets it where it loads its weights
+        if isinstance(part, torch.nn.BatchNorm2d) and 0.0 in eps:
+            part.eps = 0.0
+    detection.fit(model.module, theirs.state_dict(), "it", (), ())
+    model.module.eval()
+    pixels = torch.rand(1, 3, side, side)
+    with torch.no_grad():
+        [own], [other] = model(pixels).detections(), theirs(list(pixels))
+    assert torch.equal(own["labels"][:20] + background, other["labels"][:20])
+    torch.testing.assert_close(own["scores"][:20], other["scores"][:20])
+    torch.testing.assert_close(own["boxes"][:20], other["boxes"][:20], rtol=1e-4, atol=1e-2)
