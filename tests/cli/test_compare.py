@@ -29,7 +29,8 @@ def test_the_student_alone_is_always_among_them(capsys: CAPSYS) -> None:
     assert list(found["scores"]) == ["alone", "label smoothing", "kd"]
     assert all(set(scores) == {"0", "1"} for scores in found["scores"].values())
     assert found["runs"]["kd"] == {"0": "kd-0", "1": "kd-1"}
-    assert [line for line in told.err if line.startswith("kd, seed 1: top-1 accuracy ")]
+    (line,) = (line for line in told.err if line.startswith("kd, seed 1: top-1 accuracy "))
+    assert line.endswith(" %")
     assert told.out[-1] == "all/report.html"
     for arm, scores in found["scores"].items():
         for seed, score in scores.items():

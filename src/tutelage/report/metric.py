@@ -60,6 +60,15 @@ class Metric:
         """Return a signed difference, without unit."""
         return signed(None if value is None else self._scale * value, digits=self._digits)
 
+    def told(self, value: float | None) -> str:
+        """Return a value in words.
+
+        Example:
+            >>> Metric.of("top1").told(0.934)
+            'top-1 accuracy 93.4 %'
+        """
+        return f"{self.label} {self.show(value)}{' %' if self.percent else ''}"
+
     def interval(self, low: float, high: float) -> str:
         """Return both ends of an interval of a difference, without unit."""
         return interval(self._scale * low, self._scale * high, digits=self._digits)

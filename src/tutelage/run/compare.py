@@ -155,13 +155,13 @@ def compare(
                     fitted = distill(fit, place, title="teacher", quiet=quiet)
                     measures[place.name] = fitted.measures
                     teacher_score = fitted.scores[metric.key] if len(teachers) == 1 else None
-                    say(f"{place.name}: {metric.label} {metric.show(fitted.scores[metric.key])}")
+                    say(f"{place.name}: {metric.told(fitted.scores[metric.key])}")
             train = recipe.train.model_copy(update={"seed": seed})
             seeded[name], places[name] = recipe.model_copy(update={"compare": None, "train": train}), place
         for group in _groups(seeded, apart):
             for name, found in _run(group, places, folder, seed, quiet):
                 results[name][seed] = found
-                say(f"{name}, seed {seed}: {metric.label} {metric.show(found.scores[metric.key])}")
+                say(f"{name}, seed {seed}: {metric.told(found.scores[metric.key])}")
     measures |= {name: runs[seeds[0]].measures for name, runs in results.items()}
     scores = {name: {seed: r.scores[metric.key] for seed, r in runs.items()} for name, runs in results.items()}
     compared = Compared(

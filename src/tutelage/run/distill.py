@@ -263,7 +263,7 @@ def headline(home: RunFolder) -> str:
     result = home.result()
     assert result is not None
     metric = Metric.of(result["metric"])
-    return f"{metric.label} {metric.show(result['scores'][metric.key])}{' %' if metric.percent else ''}"
+    return metric.told(result["scores"][metric.key])
 
 
 def _as_teacher(say: Callable[[str], None]) -> Callable[[str], None]:
