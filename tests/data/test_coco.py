@@ -73,6 +73,11 @@ def test_a_json_beside_its_images(tmp_path: Path) -> None:
     assert coco(tmp_path / "train" / "_annotations.coco.json", Troubles("it")).keys() == {"train"}
 
 
+def test_one_file_of_a_folder(home: Path) -> None:
+    found = coco(home / "annotations" / "instances_val2017.json", Troubles("it"))
+    assert found["train"].images[0].picture == home / "val2017" / "a.png"
+
+
 def test_every_kind_of_trouble_is_counted(tmp_path: Path) -> None:
     bad = [
         thing(1, 1, [2, 2, 8, 6]),

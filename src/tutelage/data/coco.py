@@ -37,7 +37,8 @@ def coco(root: str | Path, troubles: Troubles) -> dict[str, Table]:
     """
     place = Path(root)
     if place.is_file():
-        return {"train": _annotations(place, place.parent, troubles)}
+        home = place.parent.parent if place.parent.name == "annotations" else place.parent
+        return {"train": _annotations(place, home, troubles)}
     if not place.is_dir():
         raise UserError(f"data.source: no file or folder {place}")
     files = sorted([*place.glob("*.json"), *place.glob("*/*.json")])
@@ -137,7 +138,9 @@ class _Home:
         named = [path for path in below if any(word in path.name.lower() for word in words)]
         images = [root / "images", *(path for path in sorted((root / "images").glob("*")) if path.is_dir())]
         deep = [path for path in images[1:] if any(word in path.name.lower() for word in words)]
-        self.folders = list(dict.fromkeys([file.parent, *named, *deep, images[0], root]))
+        # of a lone file named for another split, the images may lie in that one's folder
+        own = [path for path in below if path.name in file.stem]
+        self.folders = list(dict.fromkeys([file.parent, *own, *named, *deep, images[0], root]))
         self.names = {folder: {path.name for path in folder.iterdir()} for folder in self.folders if folder.is_dir()}
 
     def find(self, name: str) -> Path | None:
