@@ -17,13 +17,19 @@ KINDS: dict[str, dict[str, Any]] = {
     "ssd": {"candidates": 200},
     "faster_rcnn": SMALL,
     "mask_rcnn": SMALL,
+    "gfl": {"candidates": 200, "levels": (4, 8, 16), "extra": "none", "bins": 4, "iou": 0.8},
+    "reppoints": {"candidates": 200, "extra": "none"},
+    "solo": {"hidden": 16, "convolutions": 1, "candidates": 100, "most": 20, "grids": (12, 8, 6, 4, 3)},
 }
+WHOLE: dict[str, dict[str, Any]] = {"yolox": {"depth": 0.33, "width": 0.125}}
+NAMES = [*KINDS, *WHOLE]
 
 
-@pytest.mark.parametrize("name", ["retinanet", *(pytest.param(name, marks=pytest.mark.slow) for name in [*KINDS][1:])])
+@pytest.mark.parametrize("name", ["retinanet", *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
 def test_the_copy_finds_the_same_boxes(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = load({"model": f"tutelage:{name}", **TINY, **KINDS[name]}, task="detection", num_classes=3, seed=0)
+    options = WHOLE[name] if name in WHOLE else {**TINY, **KINDS[name]}
+    model = load({"model": f"tutelage:{name}", **options}, task="detection", num_classes=3, seed=0)
     sharpened(model.module)
     file = tmp_path / "student.onnx"
     export(model, file, "onnx", size=(SIDE, SIDE))
@@ -40,5 +46,7 @@ def test_the_copy_finds_the_same_boxes(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(found["scores"][:count], own["scores"], rtol=1e-4, atol=1e-5)
         assert torch.equal(found["labels"][:count], own["labels"])
         torch.testing.assert_close(found["boxes"][:count], own["boxes"], rtol=1e-3, atol=1e-2)
+    if name == "solo":
+        assert torch.equal(found["masks"][:count] > 0.5, own["masks"])
     if name == "mask_rcnn":
         assert found["masks"].shape[1:] == (28, 28)
