@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_recipe import Told, recipe, tree, tutelage
+from tutelage.run.compare import asked
 
 CAPSYS = pytest.CaptureFixture[str]
 
@@ -36,6 +37,22 @@ def test_the_student_alone_is_always_among_them(capsys: CAPSYS) -> None:
         for seed, score in scores.items():
             result = json.loads(Path("all", found["runs"][arm][seed], "result.json").read_text())
             assert result["scores"]["top1"] == score
+
+
+def test_labels_are_smoothed_where_the_task_can() -> None:
+    for name, smoothed in (("kd/demo", True), ("skd/demo", True), ("pkd/demo", False), ("dwpose/demo", False)):
+        arms, _ = asked([name], None, None, [])
+        assert ("label smoothing" in arms) == smoothed, name
+        assert next(iter(arms)) == "alone"
+
+
+def test_the_recipe_of_a_run_is_called_after_its_folder(capsys: CAPSYS) -> None:
+    path = recipe({"train.steps": 1}, objective={"task": 0.5, "kd": 0.5})
+    Path("mine").mkdir()
+    Path("mine/recipe.yaml").write_text(Path(path).read_text())
+    assert tutelage(capsys, "compare", "mine/recipe.yaml", "--methods", "kd", "--seeds", "0", "--quiet").code == 0
+    found = json.loads(Path("runs/compare-mine/comparison.json").read_text())
+    assert found["title"] == "mine: 3 ways to train one student"
 
 
 def test_arms_of_one_seed_begin_alike_and_seeds_differ(capsys: CAPSYS) -> None:

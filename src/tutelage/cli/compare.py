@@ -26,16 +26,20 @@ def compare(
 ) -> None:
     """Run recipes, or methods on one recipe, over the same seeds.
 
-    Arms of one seed go side by side, and a teacher answers each batch once for all of them. The student alone, with plain and with smoothed labels, is always among them. What has run is not run again.
+    Arms of one seed go side by side, and a teacher answers each batch once for all of them. The student alone, with
+    plain and with smoothed labels, is always among them. What has run is not run again.
     """
     from tutelage.run.compare import asked, compare
 
     arms, chosen = asked(recipes, methods, seeds, sets)
+    first = Path(recipes[0])
+    # a run's recipe is called after its folder
+    name = first.parent.name if first.stem == "recipe" and first.parent.name else first.stem
     compared = compare(
         arms,
         chosen,
-        out or Path("runs", f"compare-{Path(recipes[0]).stem}"),
-        title=f"{Path(recipes[0]).stem}: {len(arms)} ways to train one student",
+        out or Path("runs", f"compare-{name}"),
+        title=f"{name}: {len(arms)} ways to train one student",
         quiet=quiet,
         apart=apart,
         say=(lambda text: None) if quiet else remark,
