@@ -88,6 +88,26 @@ def test_the_two_stages_and_their_speed(student: tuple[Any, Path], detector: Pat
     assert TwoStage(PoseModel(student[1]), nobody)(image)[2].tolist() == whole(image).tolist()
 
 
+def test_a_detector_of_this_library_finds_the_people(student: tuple[Any, Path], tmp_path: Path) -> None:
+    """Its export answers for one image: rows of score 0 stand for nothing, and labels are numbers of classes."""
+
+    class Settled(nn.Module):
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            boxes = torch.tensor([[8.0, 4, 40, 60], [0, 0, 9, 9], [1, 1, 2, 2]]) + 0 * pixels.mean()
+            return boxes, torch.tensor([0.9, 0.8, 0.0]) * pixels.amax((0, 1, 2, 3)), torch.tensor([2, 1, 2])
+
+    names = ["boxes", "scores", "labels"]
+    program = torch.onnx.export(
+        Settled().eval(), (torch.zeros(1, 3, 64, 64),), input_names=["pixels"], output_names=names, dynamo=True
+    )
+    assert program is not None
+    program.save(str(tmp_path / "detector.onnx"))
+    image = np.full((128, 128, 3), 255, np.uint8)
+    assert PeopleDetector(tmp_path / "detector.onnx", person=2)(image).tolist() == [[16, 8, 80, 120]]
+    with pytest.raises(ValueError, match="is no detector"):
+        PeopleDetector(student[1])
+
+
 def test_images_of_a_folder_are_drawn_and_written(
     student: tuple[Any, Path], detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two-stage pose in ONNX Runtime: a detector finds people, a pose model their keypoints. PyTorch is not imported.
 
-    python -m tutelage.serve.pose pose.onnx images/ --detector yolox_l.onnx --out drawn/
+    python -m tutelage.serve.pose pose.onnx images/ --detector detector.onnx --out drawn/
 
 It prints what it draws and writes, and how many images it does in a second.
 """
@@ -49,31 +49,45 @@ def _session(path: str | Path) -> Any:
 
 @final
 class PeopleDetector:
-    """A YOLOX detector whose answers are raw, as published for DWPose: `[1, A, 5 + C]`.
+    """A detector of people: one that this library exported, or a YOLOX whose answers are raw, as published for DWPose.
+
+    An exported one takes `[1, 3, H, W]` pixels in [0, 1] and answers with `boxes`, `scores` and `labels`; YOLOX takes
+    pixels in [0, 255] and answers with `[1, A, 5 + C]`.
 
     Args:
-        path: the ONNX file; its input is `[1, 3, H, W]` pixels in [0, 255].
+        path: the ONNX file.
         least: score that a person must exceed.
-        bgr: the detector wants blue, green, red, as YOLOX was trained.
+        person: number of the class.
+        bgr: a YOLOX wants blue, green, red, as it was trained.
 
     Raises:
         ValueError: if the file cannot be used.
     """
 
-    def __init__(self, path: str | Path, *, least: float = 0.3, bgr: bool = True) -> None:
-        self.session, self.least, self.bgr = _session(path), least, bgr
-        first = self.session.get_inputs()[0]
+    def __init__(self, path: str | Path, *, least: float = 0.3, person: int = 0, bgr: bool = True) -> None:
+        self.session, self.least, self.person, self.bgr = _session(path), least, person, bgr
+        first, outputs = self.session.get_inputs()[0], [one.name for one in self.session.get_outputs()]
+        if len(first.shape) != 4:
+            raise ValueError(f"{path} is no detector: wanted is one input [1, 3, H, W]")
         height, width = first.shape[2:]
         if not (isinstance(height, int) and isinstance(width, int)):
             height, width = 640, 640
         self.name, self.size = first.name, (height, width)
+        self.settled = outputs[:3] == ["boxes", "scores", "labels"]
+        if not self.settled and len(outputs) != 1:
+            raise ValueError(f"{path} is no detector: wanted are boxes, scores and labels, or the raw answers of YOLOX")
 
     def __call__(self, image: NDArray[np.uint8]) -> Array:
         """Return boxes `[P, 4]` x1, y1, x2, y2 of the people in an image `[H, W, 3]`, red first."""
+        if self.settled:
+            padded, ratio = yolox.letterbox(image, self.size, fill=0)
+            boxes, scores, labels = self.session.run(None, {self.name: padded[None] / np.float32(255)})[:3]
+            found: Array = boxes[(scores > self.least) & (labels == self.person)] / ratio
+            return found
         padded, ratio = yolox.letterbox(image[:, :, ::-1] if self.bgr else image, self.size)
         raw = self.session.run(None, {self.name: padded[None]})[0]
-        boxes, scores = yolox.corners(yolox.decoded(raw[0], self.size), ratio)
-        return yolox.people(yolox.detections(boxes, scores), least=self.least)
+        rows, scores = yolox.corners(yolox.decoded(raw[0], self.size), ratio)
+        return yolox.people(yolox.detections(rows, scores), least=self.least, person=self.person)
 
 
 @final
@@ -246,13 +260,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="tutelage.serve.pose", description="Two-stage pose in ONNX Runtime.")
     parser.add_argument("pose", type=Path, help="ONNX file of the pose model")
     parser.add_argument("images", type=Path, help="an image, a folder of images or frames, or a video")
-    parser.add_argument("--detector", type=Path, help="ONNX file of a YOLOX detector; without it images are one person")
+    parser.add_argument("--detector", type=Path, help="ONNX file of a detector; without it an image is one person")
+    parser.add_argument("--person", type=int, default=0, help="number of the detector's class for people")
     parser.add_argument("--out", type=Path, help="folder for drawings and coco.json")
     parser.add_argument("--openpose", action="store_true", help="OpenPose's order, with the neck")
     parser.add_argument("--pixels", choices=("auto", "unit", "normalised"), default="auto")
     asked = parser.parse_args(arguments)
     try:
-        detector = PeopleDetector(asked.detector) if asked.detector is not None else None
+        detector = PeopleDetector(asked.detector, person=asked.person) if asked.detector is not None else None
         engine = TwoStage(PoseModel(asked.pose, pixels=asked.pixels), detector)
         rows: list[dict[str, Any]] = []
         for name, image in frames(asked.images):

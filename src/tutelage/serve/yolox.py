@@ -14,19 +14,20 @@ STRIDES = (8, 16, 32)
 GREY = 114  # beyond the image
 
 
-def letterbox(image: NDArray[np.uint8], size: tuple[int, int]) -> tuple[NDArray[np.float32], float]:
+def letterbox(image: NDArray[np.uint8], size: tuple[int, int], fill: int = GREY) -> tuple[NDArray[np.float32], float]:
     """Return an image enlarged or made smaller to fit, at the top left of a grey one, and the factor.
 
     Args:
         image: `[H, W, 3]` uint8.
         size: (height, width) of the detector's input.
+        fill: of what is beyond the image.
 
     Returns:
         `[3, h, w]` float32 in [0, 255], not normalised.
     """
     ratio = min(size[0] / image.shape[0], size[1] / image.shape[1])
     height, width = (int(side * ratio) for side in image.shape[:2])
-    padded = np.full((*size, 3), GREY, dtype=np.float32)
+    padded = np.full((*size, 3), fill, dtype=np.float32)
     padded[:height, :width] = resized(image, (height, width))
     return np.ascontiguousarray(padded.transpose(2, 0, 1)), ratio
 
