@@ -114,18 +114,27 @@ class Assembled:
         return self.student
 
 
+def task_class(name: str) -> Any:
+    """Return the class of a task: that of the file of its name.
+
+    Raises:
+        UserError: if there is none.
+    """
+    home = Path(__file__).parent.parent / "tasks"
+    stems = [path.stem for path in home.glob("*.py") if path.stem != "__init__"]
+    if name not in stems:
+        raise UserError(f"task: unknown task {name!r}{nearest(name, stems)}")
+    module = import_module(f"tutelage.tasks.{name}")
+    return next(v for v in vars(module).values() if getattr(v, "name", None) == name)
+
+
 def task_of(section: TaskSection, **known: Any) -> Task:
     """Return the task of a recipe; `known` are facts of the data its constructor may want.
 
     Raises:
         UserError: on an unknown task or option.
     """
-    home = Path(__file__).parent.parent / "tasks"
-    stems = [path.stem for path in home.glob("*.py") if path.stem != "__init__"]
-    if section.name not in stems:
-        raise UserError(f"task: unknown task {section.name!r}{nearest(section.name, stems)}")
-    module = import_module(f"tutelage.tasks.{section.name}")
-    kind = next(v for v in vars(module).values() if getattr(v, "name", None) == section.name)
+    kind = task_class(section.name)
     accepted = inspect.signature(kind).parameters
     task: Task = checked(kind, {**{k: v for k, v in known.items() if k in accepted}, **section.options}, "task")
     return task

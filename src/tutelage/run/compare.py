@@ -4,6 +4,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tutelage.report.measure import Measures
 from tutelage.report.measure import table as cost_table
 from tutelage.report.metric import Metric
 from tutelage.report.table import Table
-from tutelage.run.assemble import INIT, task_of, teacher_of
+from tutelage.run.assemble import INIT, task_class, task_of, teacher_of
 from tutelage.run.distill import Result, distill, distilling, rehearse, teacher_recipe
 from tutelage.run.folder import RunFolder
 from tutelage.run.given import NOTHING, Given
@@ -292,8 +293,10 @@ def _arm(recipe: Recipe, name: str, given: Mapping[str, Any]) -> Recipe:
 
 
 def baselines(recipe: Recipe) -> dict[str, Recipe]:
-    """Return the two arms that no comparison goes without: the student alone, plain and with smoothed labels."""
+    """Return the arms that no comparison goes without: the student alone, plain and, if it can, with soft labels."""
     alone = with_objective(recipe, {"task": 1.0})
+    if "label_smoothing" not in signature(task_class(recipe.task.name)).parameters:
+        return {"alone": alone}
     smooth = TaskSection.model_validate({**recipe.task.model_dump(), "label_smoothing": 0.1})
     return {"alone": alone, "label smoothing": alone.model_copy(update={"task": smooth})}
 
