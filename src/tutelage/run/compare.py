@@ -293,7 +293,7 @@ def _arm(recipe: Recipe, name: str, given: Mapping[str, Any]) -> Recipe:
 
 
 def baselines(recipe: Recipe) -> dict[str, Recipe]:
-    """Return the arms that no comparison goes without: the student alone, plain and, if it can, with soft labels."""
+    """Return the arms that no comparison lacks: the student alone, plain and, where it can, with smoothed labels."""
     alone = with_objective(recipe, {"task": 1.0})
     if "label_smoothing" not in signature(task_class(recipe.task.name)).parameters:
         return {"alone": alone}
