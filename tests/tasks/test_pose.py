@@ -330,3 +330,25 @@ def test_drawings_and_json_of_files(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "out" / "coco.json").read_text())
     assert [row["image_id"] for row in rows] == ["one", "one"]
     assert rows[0]["keypoints"] == people[0]["keypoints"]
+
+
+def test_a_few_figures_are_learned_by_heart() -> None:
+    given = {"source": "figures", "image_size": [64, 48], "batch_size": 6, "augment": "none"}
+    data = load_data({**given, "pose": {"number": 6, "held_out": 2}}, task="pose", seed=0)
+    spec = {"model": "tutelage:rtmpose_t", "widen": 0.125, "stages": 3, "hidden": 64, "s": 32}
+    model = load(spec, **data.model_facts(), seed=0)
+    task, batch = Pose(133, flip=False), next(data.train.epoch(0))
+    optimizer = torch.optim.AdamW(model.module.parameters(), lr=3e-3)
+    model.module.train()
+    losses = []
+    for _ in range(60):
+        loss = task.loss(model(batch.inputs), batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 * losses[0]
+    with torch.no_grad():
+        scores = task.score([(model(batch.inputs), batch)])
+    assert scores["ap50"] > 0.7
+    assert scores["body"] > 0.7
