@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tutelage.core import Batch, Facts
+from tutelage.core import Batch, Draw, Facts, Signals
 from tutelage.core.error import UserError
 from tutelage.core.labels import check_classes, check_logits, class_target, two_classes
+from tutelage.methods import catalogue, find
 
 BATCH = Batch.of(torch.zeros(2, 1), torch.tensor([0, 1]))
 
@@ -43,3 +44,31 @@ def test_one_class_a_row() -> None:
 def test_two_classes_are_a_caveat() -> None:
     assert two_classes(Facts(num_classes=3)) == ()
     assert len(two_classes(Facts(num_classes=2))) == 1
+
+
+def readers() -> list[str]:
+    """The methods that need nothing but the logits of both models, and can be made without an option."""
+    found = []
+    for stem, entry in catalogue().items():
+        reads = entry.card.reads
+        read = {*reads.get("student", ()), *reads.get("teacher", ()), *reads.get("borrows", ())}
+        if read == {"logits"} and stem not in ("logit_std", "deit", "mlkd"):  # an inner term, a token, a view
+            found.append(stem)
+    return found
+
+
+@pytest.mark.parametrize("stem", readers())
+def test_maps_of_logits_are_refused_by_what_compares_rows(stem: str) -> None:
+    """Else the softmax would run over the wrong dimension, in silence."""
+    term = find(stem)()
+    maps = Signals(None, {"logits": torch.zeros(2, 5, 4, 6)})
+    batch = Batch.of(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))
+    facts = Facts(num_classes=5, num_samples=2, targets=torch.zeros(2, dtype=torch.long))
+
+    def whole() -> None:
+        term.build(maps, maps, facts)
+        drawn = term.draw(maps, maps, batch, Draw(0, 0, stem))
+        term(maps, maps, batch, *(() if drawn is None else (drawn,)))
+
+    with pytest.raises(UserError):
+        whole()

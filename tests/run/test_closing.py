@@ -9,6 +9,7 @@ import torch
 from tiny_recipe import KD_MGD, MODEL
 from tutelage.data.digits import digits
 from tutelage.models.load import load
+from tutelage.report.number import MISSING
 from tutelage.run.assemble import assemble
 from tutelage.run.closing import closing
 from tutelage.run.distill import distill
@@ -105,6 +106,6 @@ def test_scores_of_classes_have_a_table_of_their_own() -> None:
     student = {"miou": 0.25, "iou/road": 0.5, "iou/sky": 0.0}
     table = scored_classes(student, {"miou": 0.5, "iou/road": 1.0})
     assert table.columns == ("class", "IoU (%)", "teacher's IoU (%)")
-    assert table.rows == [("road", "50.0", "100.0"), ("sky", "0.0", "–")]
+    assert table.rows == [("road", "50.0", "100.0"), ("sky", "0.0", MISSING)]
     assert scored_classes(student, {}).columns == ("class", "IoU (%)")
     assert not scored_classes({"top1": 1.0}, {}).rows

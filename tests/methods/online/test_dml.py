@@ -17,6 +17,7 @@ from tutelage.core.error import UserError
 from tutelage.core.objective import Entry
 from tutelage.methods.logits.kd import kd
 from tutelage.methods.online.dml import DML, Form, dml
+from tutelage.models.load import load as load_model
 from tutelage.run.distill import distill
 from tutelage.run.quick import recipe as quick_recipe
 from tutelage.run.recipe import parse
@@ -215,7 +216,9 @@ def test_a_recipe_names_several_students(tmp_path: Path) -> None:
     assert 0 <= found.scores["top1"] <= 1
     metrics = (tmp_path / "metrics.jsonl").read_text(encoding="utf-8")
     assert all(word in metrics for word in ("task.student", "task.peer", '"dml"', '"back"'))
-    assert not list(tmp_path.glob("*peer*"))  # what is kept is the first student
+    peer = load_model(f"run:{tmp_path / 'peers' / 'peer'}")  # what learnt along is kept beside the student
+    student = load_model(f"run:{tmp_path}")
+    assert peer.module.state_dict().keys() == student.module.state_dict().keys()
 
 
 def test_quick_flags_make_peers_of_the_students_kind() -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tutelage.core import Batch, Card, Draw, Facts, Outcome, Signals, Term
 from tutelage.core.around import Around
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_logits
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
 
@@ -210,7 +211,12 @@ class CTKD(Around):
     def forward(  # type: ignore[override]
         self, student: Signals, teacher: Signals, batch: Batch, draws: tuple[Tensor, Any]
     ) -> Tensor | Mapping[str, Tensor] | Outcome:
-        """Return what KD or the inner term says at the learned temperature."""
+        """Return what KD or the inner term says at the learned temperature.
+
+        Raises:
+            UserError: if the logits are not `[B, K]`.
+        """
+        check_logits(student.logits, teacher.logits, "ctkd")
         now, own = draws
         if self.form == "instance":
             # the network sees the logits, and teaches the student nothing through them

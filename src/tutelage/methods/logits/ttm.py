@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_logits
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
 
@@ -97,5 +98,10 @@ class TTM(Term):
         self.form: Form = form
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:  # type: ignore[override]
-        """Return the divergence of the two models' logits."""
+        """Return the divergence of the two models' logits.
+
+        Raises:
+            UserError: if they are not `[B, K]`.
+        """
+        check_logits(student.logits, teacher.logits, "ttm")
         return ttm(student.logits, teacher.logits, gamma=self.gamma, form=self.form)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
+from tutelage.core.labels import check_logits
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
 
@@ -99,5 +100,10 @@ class DML(Term):
         self.form: Form = form
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:  # type: ignore[override]
-        """Return the divergence from the peer."""
+        """Return the divergence from the peer.
+
+        Raises:
+            UserError: if the logits are not `[B, K]`.
+        """
+        check_logits(student.logits, teacher.logits, "dml")
         return dml(student.logits, teacher.logits, form=self.form)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tutelage.core import Batch, Card, Signals, Term
 from tutelage.core.error import UserError
-from tutelage.core.labels import class_target
+from tutelage.core.labels import check_logits, class_target
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
 
@@ -173,8 +173,9 @@ class TfKD(Term):
         """Return the divergence from the teacher, or from the virtual one.
 
         Raises:
-            UserError: if the virtual teacher finds no class labels.
+            UserError: if the logits are not `[B, K]`, or the virtual teacher finds no class labels.
         """
+        check_logits(student.logits, student.logits if teacher is None else teacher.logits, "tf_kd")
         if teacher is not None:
             return tf_kd(student.logits, teacher.logits, temperature=self.temperature, form=self.form)
         return tf_kd(
