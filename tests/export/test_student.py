@@ -172,13 +172,16 @@ def test_onnx_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_rounding_explains_is_no_difference() -> None:
     expected = torch.tensor([1000.0, -3.0])
-    assert require_equal(expected + 0.05, expected, Path("x")) == pytest.approx(0.05, rel=1e-2)
+    assert require_equal([expected + 0.05], [expected], Path("x")) == pytest.approx(0.05, rel=1e-2)
     with pytest.raises(
         UserError, match=r"^x answers otherwise than the student: 0.2 apart at a scale of 1e\+03; it was removed$"
     ):
-        require_equal(expected + 0.2, expected, Path("x"))
+        require_equal([expected + 0.2], [expected], Path("x"))
     with pytest.raises(UserError):
-        require_equal(torch.tensor([float("nan"), 0.0]), expected, Path("x"))
+        require_equal([expected, torch.tensor([float("nan"), 0.0])], [expected, expected], Path("x"))
+    with pytest.raises(UserError):
+        require_equal([expected[:1]], [expected], Path("x"))
+    assert require_equal([expected[:0]], [expected[:0]], Path("x")) == 0
 
 
 def test_the_student_is_in_eval_mode_when_it_is_written(tmp_path: Path) -> None:

@@ -50,7 +50,8 @@ def test_the_closing_look_agrees_with_a_look_by_hand() -> None:
     found = closing(made)
     _, held_out = digits()
     answers = {}
-    for name, model in (("student", made.student), ("teacher", made.distiller.teachers["teacher"].model)):  # type: ignore[attr-defined]
+    for name, model in (("student", made.student), ("teacher", made.distiller.teachers["teacher"].model)):
+        assert model is not None
         model.module.eval()
         with torch.no_grad():
             answers[name] = model(held_out.images).argmax(1)

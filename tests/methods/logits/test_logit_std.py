@@ -187,6 +187,7 @@ def test_the_term_within_sees_standardised_logits_of_every_view_and_all_else_as_
     assert outcome.parts["draw"] == 7
     assert term.param_groups() == [{"params": [], "lr": 3.0}]
     assert term.caveats(here.facts) == ("5 classes",)
+    assert term.card is not None
     assert term.card.labels == ("none",)
     assert term.reads.teacher[1].view == "strong"
 
@@ -197,6 +198,7 @@ def test_dkd_keeps_its_labels_and_its_parts() -> None:
     assert teacher is not None
     batch = here.batch()
     term = LogitStd(inner=DKD(temperature=2.0))
+    assert term.card is not None
     assert term.card.labels == ("hard",)
     assert term.card.name == "Logit Standardization"
     parts = here.outcome(term, student, teacher, batch).parts
@@ -209,6 +211,7 @@ def test_a_term_without_a_teacher() -> None:
     here = case()
     student, _ = here.tensors()
     term = LogitStd(inner=TfNKD())
+    assert term.card is not None
     assert term.card.averages == "labelled"
     expected = TfNKD()(Signals(None, {"logits": logit_std(student["logits"])}), None, here.batch())
     torch.testing.assert_close(dict(here.outcome(term, student, None, here.batch()).parts), expected)
