@@ -7,7 +7,9 @@ import pytest
 from scipy import stats
 
 from tutelage.core.error import UserError
+from tutelage.report.metric import Metric
 from tutelage.report.paired import Paired, Summary, paired, quantile
+from tutelage.report.verdict import judge, sentence
 
 
 def draws(n: int, seed: int) -> tuple[dict[int, float], dict[int, float]]:
@@ -80,3 +82,14 @@ def test_a_diverged_run_is_named_not_averaged(bad: float) -> None:
         paired({4: bad, 5: 1.0}, {4: 1.0, 5: 1.0})
     with pytest.raises(UserError, match="not finite"):
         Summary.of([1.0, bad])
+
+
+def test_equal_differences_have_no_interval_unless_they_are_nothing() -> None:
+    same = paired({0: 3.0, 1: 5.0}, {0: 2.0, 1: 4.0})
+    assert (same.mean, same.deviation, same.low, same.high) == (1.0, 0.0, None, None)
+    nothing = paired({0: 3.0, 1: 5.0}, {0: 3.0, 1: 5.0})
+    assert (nothing.low, nothing.high) == (0.0, 0.0)
+    assert judge(same) == "unclear"
+    assert sentence(Metric.of("loss"), "kd", "alone", same).endswith(
+        "on each of 2 seeds; equal differences have no spread, and so no interval."
+    )

@@ -48,7 +48,7 @@ class Paired:
         n: number of pairs.
         mean: of the differences, value minus baseline; None without a pair.
         deviation: sample standard deviation of the differences; None for fewer than two.
-        low: lower end of the two-sided 95 % Student-t interval of the mean; None for fewer than two.
+        low: lower end of the two-sided 95 % Student-t interval of the mean; None without a spread.
         high: its upper end.
         wins: pairs in which the value is better.
         ties: pairs in which both are equal.
@@ -73,7 +73,8 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], *, higher
     Convention:
         - value minus baseline, in the unit given; `higher` says which sign is a win
         - the interval speaks of seeds, not of other data; it assumes roughly normal differences
-        - one pair has no spread and no interval: None, never NaN
+        - one pair has no spread and no interval: None, never NaN; nor have differences that are all the same and not 0,
+          as two seeds on a small set may be by chance
 
     Args:
         values: by seed.
@@ -98,7 +99,7 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float], *, higher
     wins = sum((d > 0) if higher else (d < 0) for d in differences)
     ties = sum(d == 0 for d in differences)
     low = high = None
-    if summary.mean is not None and summary.deviation is not None:
+    if summary.mean is not None and summary.deviation is not None and (summary.deviation or not summary.mean):
         half = quantile(summary.n - 1) * summary.deviation / math.sqrt(summary.n)
         low, high = summary.mean - half, summary.mean + half
     return Paired(summary.n, summary.mean, summary.deviation, low, high, wins, ties, summary.n - wins - ties)

@@ -96,6 +96,8 @@ def sentence(metric: Metric, label: str, baseline: str, pairs: Paired) -> str:
     mean = f"{metric.difference(pairs.mean)}{metric.unit}"
     if pairs.low is None or pairs.high is None:
         differs = f"{label} differs from {baseline} by {mean} of {metric.label}"
+        if pairs.n > 1:
+            return f"{differs} on each of {pairs.n} seeds; equal differences have no spread, and so no interval."
         return f"{differs} on one seed; one seed has no interval."
     proof = f"95 % interval {metric.interval(pairs.low, pairs.high)}; better in {pairs.wins} of {pairs.n} seeds"
     proof += f", equal in {pairs.ties}" if pairs.ties else ""
