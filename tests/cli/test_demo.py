@@ -38,8 +38,8 @@ def test_a_demo_prints_both_arms_with_their_difference(capsys: CAPSYS) -> None:
     assert told.out[-1] == "runs/demo-kd/report.html"
     assert Path("runs/demo-kd/report.html").exists()
     assert [line.partition(":")[0] for line in told.err] == [
-        "alone, seed 0",
         "teacher",
+        "alone, seed 0",
         "kd, seed 0",
         "alone, seed 1",
         "kd, seed 1",
