@@ -24,3 +24,20 @@ def nearest(word: str, known: Iterable[str]) -> str:
         return f"; did you mean {close[0]}?"
     shown = ", ".join(names[:24]) + (", ..." if len(names) > 24 else "")
     return f"; valid: {shown}" if names else ""
+
+
+def check_words(given: Iterable[str], known: Iterable[str], where: str) -> None:
+    """Refuse a word that a section does not know.
+
+    Args:
+        given: the words found there.
+        known: those there are.
+        where: the section's place in the recipe.
+
+    Raises:
+        UserError: naming the word's place, and the nearest valid one.
+    """
+    names = list(known)
+    for word in given:
+        if word not in names:
+            raise UserError(f"{where}.{word} is not known{nearest(str(word), names)}")

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch
 from tutelage.core.batch import Frame
-from tutelage.core.error import UserError, nearest
+from tutelage.core.error import UserError, check_words, nearest
 from tutelage.data.annotations import Annotated, Table, Troubles, encoded, size_of
 from tutelage.data.folder import read_image
 from tutelage.data.samples import to_unit
@@ -58,10 +58,7 @@ class Options:
         Raises:
             UserError: on an unknown word, or a value that makes no sense.
         """
-        words = [part.name for part in fields(cls)]
-        for word in given or {}:
-            if word not in words:
-                raise UserError(f"data.detection.{word} is not known{nearest(str(word), words)}")
+        check_words(given or {}, [part.name for part in fields(cls)], "data.detection")
         as_they_are = kind in EMBEDDED or (given or {}).get("shortest", 0) is None
         known: dict[str, Any] = {} if as_they_are else {"shortest": 800, "longest": 1333}
         options = cls(**{**known, **(given or {})})

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core import Batch, Facts
-from tutelage.core.error import UserError, nearest
+from tutelage.core.error import UserError, check_words, nearest
 from tutelage.core.task import DENSE
 from tutelage.data import augment
 from tutelage.data.loader import UNREADABLE, Loader, Replay
@@ -180,10 +180,7 @@ class Spec:
         """
         if isinstance(given, str):
             return cls(given)
-        words = [part.name for part in fields(cls)]
-        for word in given:
-            if word not in words:
-                raise UserError(f"data.{word} is not known{nearest(str(word), words)}")
+        check_words(given, [part.name for part in fields(cls)], "data")
         if not given.get("source"):
             raise UserError(f"data.source is missing: {', '.join(SOURCES)}, or a folder")
         return cls(**given)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch
 from tutelage.core.batch import Frame
-from tutelage.core.error import UserError, nearest
+from tutelage.core.error import UserError, check_words, nearest
 from tutelage.core.keypoints import WHOLEBODY, Layout
 from tutelage.data.annotations import Troubles
 from tutelage.data.augment import pair
@@ -83,10 +83,7 @@ class Options:
         Raises:
             UserError: on an unknown word, or a value that makes no sense.
         """
-        words = [part.name for part in fields(cls)]
-        for word in given or {}:
-            if word not in words:
-                raise UserError(f"data.pose.{word} is not known{nearest(str(word), words)}")
+        check_words(given or {}, [part.name for part in fields(cls)], "data.pose")
         options = cls(**(given or {}))
         for word in ("number", "held_out", "interval"):
             if not isinstance(getattr(options, word), int) or getattr(options, word) < 1:
@@ -136,11 +133,8 @@ class Changes:
             return usual
         if given in ("none", [], {}):
             return cls()
-        words = [part.name for part in fields(cls)]
         named = {given: None} if isinstance(given, str) else given
-        for word in named:
-            if word not in words:
-                raise UserError(f"data.augment.{word} is not known{nearest(str(word), words)}")
+        check_words(named, [part.name for part in fields(cls)], "data.augment")
         if not isinstance(named, Mapping):
             named = dict.fromkeys(named)
         chosen: dict[str, Any] = {w: getattr(usual, w) if named[w] in (None, True) else named[w] for w in named}

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tutelage.core import Batch
 from tutelage.core.batch import Frame
-from tutelage.core.error import UserError, nearest
+from tutelage.core.error import UserError, check_words, nearest
 from tutelage.data import masks
 from tutelage.data.annotations import Troubles
 from tutelage.data.augment import pair
@@ -78,10 +78,7 @@ class Options:
         Raises:
             UserError: on an unknown word, or a value that makes no sense.
         """
-        words = [part.name for part in fields(cls)]
-        for word in given or {}:
-            if word not in words:
-                raise UserError(f"data.segmentation.{word} is not known{nearest(str(word), words)}")
+        check_words(given or {}, [part.name for part in fields(cls)], "data.segmentation")
         options = cls(**(given or {}))
         if len(options.scenes) != 2:
             raise UserError(f"data.segmentation.scenes is [to train on, to validate on], not {options.scenes}")
@@ -131,12 +128,12 @@ class Changes:
         words = [part.name for part in fields(cls)]
         named = [given] if isinstance(given, str) else given
         if isinstance(named, Sequence):
-            _check_words([str(word) for word in named], words)
+            check_words([str(word) for word in named], words, "data.augment")
             usual = cls((0.5, 2.0), default.crop, 0.75, 0.5, 0.4)
             return cls(**{word: getattr(usual, word) for word in named})
         if not isinstance(named, Mapping):
             raise UserError(f"data.augment: expected words of {', '.join(words)}, not {given!r}")
-        _check_words([str(word) for word in named], words)
+        check_words([str(word) for word in named], words, "data.augment")
         found = cls(**{word: value for word, value in named.items() if value is not None})
         return replace(
             found,
@@ -144,12 +141,6 @@ class Changes:
             crop=None if found.crop is None else _size(found.crop, "augment.crop"),
             **{word: _share(getattr(found, word), word) for word in ("most", "flip", "color")},
         )
-
-
-def _check_words(given: Sequence[str], words: Sequence[str]) -> None:
-    for word in given:
-        if word not in words:
-            raise UserError(f"data.augment.{word} is not known{nearest(word, words)}")
 
 
 def _range(given: Any) -> tuple[float, float]:

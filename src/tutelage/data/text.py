@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core import Batch, TextSpec
-from tutelage.core.error import UserError, nearest
+from tutelage.core.error import UserError, check_words, nearest
 from tutelage.data.tokenizer import Tokenizer, tokenizer
 from tutelage.functional.noise import mix, uniform
 
@@ -60,10 +60,7 @@ class Options:
         Raises:
             UserError: on an unknown word, or a value that makes no sense.
         """
-        words = [part.name for part in fields(cls)]
-        for word in given or {}:
-            if word not in words:
-                raise UserError(f"data.text.{word} is not known{nearest(str(word), words)}")
+        check_words(given or {}, [part.name for part in fields(cls)], "data.text")
         options = cls(**(given or {}))
         if not isinstance(options.length, int) or options.length < 2:
             raise UserError(f"data.text.length counts tokens, at least 2, not {options.length}")

@@ -153,6 +153,14 @@ def decode(codes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0,
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
+def sizes(pixels: Tensor, image_size: Tensor | None) -> Tensor:
+    """Return `[B, 2]` heights and widths without padding: those given, or those of the whole batch."""
+    if image_size is not None:
+        return image_size
+    height, width = pixels.shape[-2:]
+    return constant((height, width), pixels).expand(len(pixels), 2)
+
+
 def clipped(boxes: Tensor, image_size: Tensor) -> Tensor:
     """Return boxes cut at the edges of their images.
 

@@ -31,7 +31,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 
 from tutelage.core import Tap
 from tutelage.core.error import UserError, nearest
-from tutelage.models.detectors.dense import Targets, clipped, decode, settled, top
+from tutelage.models.detectors.dense import Targets, clipped, decode, settled, sizes, top
 from tutelage.models.detectors.pyramid import Pyramid
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -297,7 +297,7 @@ class FasterRCNN(nn.Module):
         maps = self.backbone(pixels, image_size)
         objectness, codes = self.rpn.head(maps)
         height, width = pixels.shape[-2:]
-        size = pixels.new_tensor([height, width]).expand(len(pixels), 2) if image_size is None else image_size
+        size = sizes(pixels, image_size)
         return Answers(self, maps, objectness, codes, (height, width), size)
 
     def roles(self) -> dict[str, Tap]:

@@ -22,7 +22,7 @@ from torchvision.ops import generalized_box_iou_loss
 from tutelage.core import Tap
 from tutelage.core.error import UserError
 from tutelage.functional.precision import full_precision
-from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, focal, one_hot, picked, top
+from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, focal, one_hot, picked, sizes, top
 from tutelage.models.detectors.pyramid import Pyramid
 
 GROUPS = 32  # of the norms in the towers
@@ -210,7 +210,7 @@ class FCOS(nn.Module):
         """
         maps = self.backbone(pixels, image_size)
         said = self.head(maps)
-        size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        size = sizes(pixels, image_size)
         [squares] = self.anchor_generator(ImageList(pixels, [tuple(pixels.shape[-2:])]), maps)
         counts = [one.shape[2] * one.shape[3] for one in maps]
         return self.reading(

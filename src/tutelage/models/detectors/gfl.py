@@ -22,7 +22,7 @@ from tutelage.core.error import UserError
 from tutelage.functional.anchors import grid_anchors, levels, on_boxes, overlaps
 from tutelage.functional.boxes import iou_of
 from tutelage.functional.precision import full_precision
-from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, one_hot, top
+from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, one_hot, sizes, top
 from tutelage.models.detectors.pyramid import Pyramid
 from tutelage.models.detectors.towers import Norm, Scale, rarely, small, tower
 
@@ -263,7 +263,7 @@ class GFL(nn.Module):
         """
         maps = self.backbone(pixels, image_size)
         scores, boxes = self.head(maps)
-        size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        size = sizes(pixels, image_size)
         anchors, strides, counts = [], [], []
         for one, stride in zip(maps, self.backbone.strides, strict=True):
             rows, columns = one.shape[2:]

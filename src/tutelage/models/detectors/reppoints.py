@@ -24,7 +24,7 @@ from tutelage.functional.anchors import levels
 from tutelage.functional.boxes import iou_of
 from tutelage.functional.precision import full_precision
 from tutelage.models.detectors.deformable import looked
-from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, focal, matched, one_hot, top
+from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, focal, matched, one_hot, sizes, top
 from tutelage.models.detectors.pyramid import Pyramid
 from tutelage.models.detectors.towers import Norm, rarely, small, tower
 
@@ -258,7 +258,7 @@ class RepPoints(nn.Module):
         """
         maps = self.backbone(pixels, image_size)
         scores, first, second = zip(*(self.head(one) for one in maps), strict=True)
-        size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        size = sizes(pixels, image_size)
         places, strides, counts = [], [], []
         for one, stride in zip(maps, self.backbone.strides, strict=True):
             y, x = (torch.arange(side, device=one.device, dtype=torch.float32) for side in one.shape[2:])

@@ -33,6 +33,7 @@ from tutelage.models.detectors.dense import (
     one_hot,
     overlap,
     picked,
+    sizes,
     top,
 )
 from tutelage.models.detectors.pyramid import Pyramid
@@ -184,7 +185,7 @@ class RetinaNet(nn.Module):
         """
         maps = self.backbone(pixels, image_size)
         said = self.head(maps)
-        size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        size = sizes(pixels, image_size)
         [anchors] = self.anchor_generator(ImageList(pixels, [tuple(pixels.shape[-2:])]), maps)
         counts = [one.shape[2] * one.shape[3] * len(SCALES) * len(RATIOS) for one in maps]
         return self.reading(said["cls_logits"], said["bbox_regression"], anchors, counts, size)

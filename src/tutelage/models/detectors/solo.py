@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from tutelage.core import Tap
 from tutelage.core.error import UserError
 from tutelage.functional.precision import full_precision
-from tutelage.models.detectors.dense import Padded, Targets, focal, one_hot
+from tutelage.models.detectors.dense import Padded, Targets, focal, one_hot, sizes
 from tutelage.models.detectors.pyramid import Pyramid
 from tutelage.models.detectors.towers import Norm, rarely, small, tower
 
@@ -389,7 +389,7 @@ class SOLO(nn.Module):
         scores, masks = self.head(maps)
         stride = 2 * self.backbone.strides[0]
         size = (finest[0] * stride, finest[1] * stride)
-        given = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        given = sizes(pixels, image_size)
         return self.reading(scores, masks, size, (pixels.shape[2], pixels.shape[3]), self.ranges, given)
 
     def roles(self) -> dict[str, Tap]:

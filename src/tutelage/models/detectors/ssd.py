@@ -31,6 +31,7 @@ from tutelage.models.detectors.dense import (
     matched,
     overlap,
     picked,
+    sizes,
     top,
 )
 from tutelage.models.detectors.pyramid import Pyramid, blacked
@@ -171,7 +172,7 @@ class SSD(nn.Module):
         given = found.values() if isinstance(found, dict) else found
         maps = [level(one) for level, one in zip(self.levels, given, strict=True)]
         said = self.head(maps)
-        size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        size = sizes(pixels, image_size)
         [defaults] = self.anchor_generator(ImageList(pixels, [tuple(pixels.shape[-2:])]), maps)
         return self.reading(said["cls_logits"], said["bbox_regression"], defaults, size)
 

@@ -22,7 +22,7 @@ from tutelage.core.error import UserError
 from tutelage.functional.anchors import levels
 from tutelage.functional.boxes import iou_of
 from tutelage.functional.precision import full_precision
-from tutelage.models.detectors.dense import LARGEST, Padded, Targets, apart, clipped, one_hot
+from tutelage.models.detectors.dense import LARGEST, Padded, Targets, apart, clipped, one_hot, sizes
 from tutelage.models.detectors.pyramid import blacked
 from tutelage.models.detectors.towers import rarely
 
@@ -426,7 +426,7 @@ class YOLOX(nn.Module):
             pixels: `[B, 3, H, W]`, whose sides are padded to multiples of 32 here.
             image_size: `[B, 2]` height and width without padding; without it nothing is padded.
         """
-        size = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2) if image_size is None else image_size
+        size = sizes(pixels, image_size)
         if image_size is not None:
             inside = blacked(torch.ones_like(pixels[:, :1]), image_size) > 0
             pixels = pixels.where(inside, self.fill)
