@@ -177,3 +177,8 @@ def gaussian(seed: int, shapes: Mapping[str, tuple[int, ...]], scale: float = 1.
     """
     generator = torch.Generator().manual_seed(seed)
     return {name: scale * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def gradient(loss: Tensor, tensor: Tensor) -> Tensor:
+    """The gradient of a loss on a tensor; the graph stays, so that another can be asked for."""
+    return torch.autograd.grad(loss, tensor, retain_graph=True)[0]

@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from gloo_pool import GlooPool
 from golden_answer import with_gradients
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import pkd as oracle
 from tutelage.core import Facts, Signals
 from tutelage.core.error import UserError
@@ -32,10 +32,6 @@ def case(**options: Any) -> MethodCase:
 def pair(seed: int = 0, shape: tuple[int, ...] = (3, 2, 4, 3), goal: tuple[int, ...] | None = None) -> Any:
     drawn = gaussian(seed, {"student": shape, "teacher": goal or shape})
     return drawn["student"].double().requires_grad_(), drawn["teacher"].double()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from method_case import ROWS, MethodCase, gaussian, labelled_batch
+from method_case import ROWS, MethodCase, gaussian, gradient, labelled_batch
 from oracles import token_kl as oracle
 from tutelage.core import Batch
 from tutelage.core.error import UserError
@@ -53,10 +53,6 @@ def drawn(seed: int = 0, shape: tuple[int, int, int] = (3, 4, 7), scale: float =
     mask = found["mask"] < 1
     mask[0, 0] = True
     return found["student"].double().requires_grad_(), found["teacher"].double(), mask
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from method_case import ROWS, MethodCase, gaussian, labelled_batch
+from method_case import ROWS, MethodCase, gaussian, gradient, labelled_batch
 from oracles import gkd as oracle
 from tiny_text import causal, text_batch
 from tutelage.core import Batch, Distiller, Draw, Live, Objective
@@ -44,10 +44,6 @@ def drawn(seed: int = 0, shape: tuple[int, int, int] = (3, 4, 7), scale: float =
     mask = found["mask"] < 1
     mask[0, 0] = True
     return found["student"].double().requires_grad_(), found["teacher"].double(), mask
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from method_case import ROWS, MethodCase, gaussian, labelled_batch
+from method_case import ROWS, MethodCase, gaussian, gradient, labelled_batch
 from oracles import minillm as oracle
 from tiny_text import LENGTH as SAMPLE
 from tiny_text import causal, text_batch
@@ -52,10 +52,6 @@ def case() -> MethodCase:
         teacher=lambda seed: gaussian(seed + 1000, SHAPE, 2.0),
         batch=batch,
     )
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

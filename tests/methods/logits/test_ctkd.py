@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from method_case import MethodCase, Tensors, gaussian, labelled_batch
+from method_case import MethodCase, Tensors, gaussian, gradient, labelled_batch
 from oracles import ctkd as oracle
 from tutelage.core import Batch, Distiller, Draw, Facts, Objective, Term
 from tutelage.core.error import UserError
@@ -48,10 +48,6 @@ def built(term: CTKD, sides: tuple[Tensors, Tensors], raw: float = 1.0) -> CTKD:
     with torch.no_grad():
         term.raw.fill_(raw)
     return term
-
-
-def gradient(loss: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, tensor, retain_graph=True)[0]
 
 
 # the authors' numbers

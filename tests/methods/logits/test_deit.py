@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from method_case import MethodCase, Tensors, gaussian, labelled_batch
+from method_case import MethodCase, Tensors, gaussian, gradient, labelled_batch
 from oracles import deit as oracle
 from tutelage.core import Batch, Distiller, Facts, Model, Objective, Rebuild, Signals, Tap
 from tutelage.core.error import UserError
@@ -41,10 +41,6 @@ def drawn(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) ->
     found = gaussian(seed, dict.fromkeys(("class", "distillation", "teacher"), (rows, classes)), scale)
     head, other = (found[name].double().requires_grad_() for name in ("class", "distillation"))
     return head, other, found["teacher"].double()
-
-
-def gradient(loss: Tensor, tensor: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, tensor, retain_graph=True)[0]
 
 
 # the authors' numbers

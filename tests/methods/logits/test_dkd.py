@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import dkd as oracle
 from tutelage.core import Batch, Facts, Schedule
 from tutelage.core.error import UserError
@@ -39,10 +39,6 @@ def drawn(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) ->
 
 def total(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(parts.values())).sum()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student, retain_graph=True)[0]
 
 
 # the authors' numbers

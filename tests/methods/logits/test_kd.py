@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import kd as oracle
 from tutelage.core import Batch, Objective, Signals
 from tutelage.core.error import UserError
@@ -33,10 +33,6 @@ def case() -> MethodCase:
 def pair(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     drawn = gaussian(seed, {"student": (rows, classes), "teacher": (rows, classes)}, scale)
     return drawn["student"].double().requires_grad_(), drawn["teacher"].double()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from method_case import MethodCase, gaussian, labelled_batch
+from method_case import MethodCase, gaussian, gradient, labelled_batch
 from oracles import logit_std as oracle
 from tutelage.core import Batch, Distiller, Entry, Facts, Objective, Outcome, Reads, Signals, Tap, Term
 from tutelage.core.error import UserError
@@ -38,10 +38,6 @@ def case() -> MethodCase:
 def pair(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     drawn = gaussian(seed, {"student": (rows, classes), "teacher": (rows, classes)}, scale)
     return drawn["student"].double().requires_grad_(), drawn["teacher"].double()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student, retain_graph=True)[0]
 
 
 # the authors' numbers

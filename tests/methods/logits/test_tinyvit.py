@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import tinyvit as oracle
 from tutelage.core import Batch
 from tutelage.core.error import UserError
@@ -34,10 +34,6 @@ def case() -> MethodCase:
 def pair(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     drawn = gaussian(seed, {"student": (rows, classes), "teacher": (rows, classes)}, scale)
     return drawn["student"].double().requires_grad_(), drawn["teacher"].double()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 def excess() -> Tensor:

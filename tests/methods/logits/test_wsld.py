@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor
 
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import wsld as oracle
 from tutelage.core import Batch, Objective, Signals
 from tutelage.core.error import UserError
@@ -37,10 +37,6 @@ def drawn(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) ->
     found = gaussian(seed, {"student": (rows, classes), "teacher": (rows, classes)}, scale)
     target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
     return found["student"].double().requires_grad_(), found["teacher"].double(), target
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student, retain_graph=True)[0]
 
 
 # the authors' numbers

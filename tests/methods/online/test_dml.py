@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import dml as oracle
 from tutelage.core import Batch, Distiller, Objective, Signals
 from tutelage.core.error import UserError
@@ -38,10 +38,6 @@ def case(**options: Any) -> MethodCase:
 def pair(seed: int = 0, rows: int = 6, classes: int = 5, scale: float = 2.0) -> tuple[Tensor, Tensor]:
     drawn = gaussian(seed, {"student": (rows, classes), "peer": (rows, classes)}, scale)
     return drawn["student"].double().requires_grad_(), drawn["peer"].double().requires_grad_()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 def cohort(logits: list[Tensor], target: Tensor) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 
 from gloo_pool import GlooPool
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import ps_kd as oracle
 from tutelage.core import Batch, Distiller, Draw, Facts, Objective, Signals, ranks
 from tutelage.core.error import UserError
@@ -38,10 +38,6 @@ def made(seed: int = 0, rows: int = 6, classes: int = 5) -> tuple[Tensor, Tensor
     drawn = gaussian(seed, {"student": (rows, classes), "past": (rows, classes)}, 2.0)
     target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
     return drawn["student"].double().requires_grad_(), drawn["past"].double().softmax(1), target
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

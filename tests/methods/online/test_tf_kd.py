@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import tf_kd as oracle
 from tutelage.core import Batch, Distiller, Objective, Signals
 from tutelage.core.error import UserError
@@ -41,10 +41,6 @@ def pair(seed: int = 0, rows: int = 6, classes: int = 5) -> tuple[Tensor, Tensor
     drawn = gaussian(seed, {"student": (rows, classes), "teacher": (rows, classes)}, 2.0)
     target = torch.randint(classes, (rows,), generator=torch.Generator().manual_seed(seed))
     return drawn["student"].double().requires_grad_(), drawn["teacher"].double(), target
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from gloo_pool import GlooPool
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import cc as oracle
 from peak import peak
 from tutelage.core import Facts, Signals
@@ -38,10 +38,6 @@ def case(**options: Any) -> MethodCase:
 def pair(seed: int = 0, rows: int = 6, width: int = 4) -> tuple[Tensor, Tensor]:
     drawn = gaussian(seed, {"student": (rows, width), "teacher": (rows, width)})
     return drawn["student"].double().requires_grad_(), drawn["teacher"].double().requires_grad_()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from gloo_pool import GlooPool
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import rkd as oracle
 from peak import peak
 from tutelage.core.error import UserError
@@ -37,10 +37,6 @@ def pair(seed: int = 0, rows: int = 6, widths: tuple[int, int] = (4, 5)) -> tupl
 
 def total(parts: dict[str, Tensor]) -> Tensor:
     return parts["distance"] + parts["angle"]
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed
 
 from gloo_pool import GlooPool
-from method_case import MethodCase, gaussian
+from method_case import MethodCase, gaussian, gradient
 from oracles import sp as oracle
 from peak import peak
 from tutelage.core.error import UserError
@@ -32,10 +32,6 @@ def case(**options: Any) -> MethodCase:
 def pair(seed: int = 0, rows: int = 6, widths: tuple[int, int] = (4, 5)) -> tuple[Tensor, Tensor]:
     drawn = gaussian(seed, {"student": (rows, widths[0]), "teacher": (rows, widths[1])})
     return drawn["student"].double().requires_grad_(), drawn["teacher"].double()
-
-
-def gradient(loss: Tensor, student: Tensor) -> Tensor:
-    return torch.autograd.grad(loss, student)[0]
 
 
 # the authors' numbers
