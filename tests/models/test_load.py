@@ -12,6 +12,7 @@ from models.readings import noise, stages
 from tutelage.core import Model
 from tutelage.core.error import UserError
 from tutelage.models.load import load, rebuild
+from tutelage.models.source import listed
 
 DIGITS: dict[str, Any] = {"num_classes": 10, "in_channels": 1, "image_size": (8, 8)}
 
@@ -196,3 +197,11 @@ def test_a_runs_classes_are_the_datas(tmp_path: Path) -> None:
 def test_what_is_wrong_is_said(spec: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         load(spec, **DIGITS)
+
+
+@pytest.mark.parametrize("folder", ["detectors", "networks", "poses", "segmenters"])
+def test_constructors_are_those_that_the_files_of_a_folder_list(folder: str) -> None:
+    found = listed(folder)
+    assert found
+    assert all(map(callable, found.values()))
+    assert listed(folder, "NOTHING_OF_THE_KIND") == {}

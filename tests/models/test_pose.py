@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from tutelage.core.error import UserError
 from tutelage.functional.simcc import decode, unflip
 from tutelage.models.load import load, rebuild
-from tutelage.models.pose import architectures
 from tutelage.models.poses.published import renamed
 from tutelage.models.poses.rtmcc import RTMCC, GatedAttention, ScaleNorm
 from tutelage.models.poses.rtmpose import RTMPose
+from tutelage.models.source import listed
 
 GOLDEN = ("core/rtmcc_gau", "core/rtmcc_head")
 #: Names of the golden cases, and of the published checkpoints.
@@ -109,7 +109,7 @@ def test_a_token_of_zeros_has_no_gradient() -> None:
 )
 def test_published_sizes(name: str, parameters: float, channels: int, bins: int) -> None:
     with torch.device("meta"):
-        module = architectures()[f"rtmpose_{name}"](num_keypoints=133, image_size=(256, 192))
+        module = listed("poses")[f"rtmpose_{name}"](num_keypoints=133, image_size=(256, 192))
         x, y = module(torch.zeros(1, 3, 256, 192))
     assert isinstance(module, RTMPose)
     count: int = sum(p.numel() for p in module.backbone.parameters())

@@ -15,9 +15,9 @@ from tutelage.core.tap import Recorder
 from tutelage.methods.features.cwd import CWD
 from tutelage.methods.segmentation.transkd import TransKD
 from tutelage.models.load import load
-from tutelage.models.segmentation import architectures
 from tutelage.models.segmenters.espnet import ESPNet
 from tutelage.models.segmenters.pspnet import PSPNet
+from tutelage.models.source import listed
 from tutelage.models.weights import OtherClassesError
 from tutelage.tasks.segmentation import Segmentation
 
@@ -345,7 +345,7 @@ def test_what_is_wrong_is_said(spec: Any, message: str) -> None:
 
 
 def test_constructors_are_found_in_their_folder() -> None:
-    found = architectures()
+    found = listed("segmenters")
     assert found["pspnet"] is PSPNet
     assert found["espnet"] is ESPNet
 

@@ -4,9 +4,6 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
-from functools import cache
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +14,7 @@ from tutelage.core.error import UserError, nearest
 from tutelage.core.model import Outputs
 from tutelage.models import weights
 from tutelage.models.detectors.dense import settled
-from tutelage.models.source import Wanted
+from tutelage.models.source import Wanted, listed
 
 #: Words of a mapping that are not the constructor's.
 WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names", "head")
@@ -25,15 +22,6 @@ WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "cl
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BACKGROUND = "__background__"
 NOTHING = ("N/A", BACKGROUND)  # names of outputs that stand for no class
-
-
-@cache
-def architectures() -> dict[str, Callable[..., nn.Module]]:
-    """Return the detectors of `detectors/` by name: a file there lists its own in `ARCHITECTURES`."""
-    found: dict[str, Callable[..., nn.Module]] = {}
-    for path in sorted((Path(__file__).parent / "detectors").glob("[!_]*.py")):
-        found |= getattr(import_module(f"tutelage.models.detectors.{path.stem}"), "ARCHITECTURES", {})
-    return found
 
 
 def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, Any], seed: int | None) -> Model:
@@ -132,7 +120,7 @@ def _built(
 
         made: nn.Module = transformer(place, options, count, pretrained, fresh=fresh)
         return made
-    known = architectures()
+    known = listed("detectors")
     name = str({**options}.pop("detector", place)) if kind == "torchvision" else place
     if kind not in ("tutelage", "torchvision"):
         raise UserError(f"model '{kind}:{place}' is no detector: write tutelage:NAME, torchvision:NAME, hf: or python:")
@@ -142,8 +130,9 @@ def _built(
         raise UserError(
             f"tutelage:{name} comes without weights: give a file as `weights`, or `pretrained: true` for a backbone"
         )
+    make: Callable[..., nn.Module] = known[name]
     try:
-        return known[name](count or 1, **{word: value for word, value in options.items() if word != "detector"})
+        return make(count or 1, **{word: value for word, value in options.items() if word != "detector"})
     except TypeError as error:
         raise UserError(f"{kind}:{place}: {str(error).replace('__init__() ', '')}") from error
 
@@ -188,9 +177,7 @@ class _Published:
 def _published(place: str, pretrained: bool) -> _Published:
     import torchvision
 
-    known: dict[str, dict[str, Any]] = {}
-    for path in sorted((Path(__file__).parent / "detectors").glob("[!_]*.py")):
-        known |= getattr(import_module(f"tutelage.models.detectors.{path.stem}"), "PUBLISHED", {})
+    known = listed("detectors", "PUBLISHED")
     names = torchvision.models.list_models(module=torchvision.models.detection)
     if place not in names:
         raise UserError(f"unknown detector 'torchvision:{place}'{nearest(place, known)}")

@@ -4,21 +4,12 @@
 A family is one file of `networks/` with a class and a table `ARCHITECTURES` of constructors by name.
 """
 
-from collections.abc import Callable
-from importlib import import_module
-from pathlib import Path
-
-from torch import nn
-
 from tutelage.core import InputSpec
 from tutelage.core.error import UserError, nearest
-from tutelage.models.source import Built, Wanted, by_channels
+from tutelage.models.source import Built, Wanted, by_channels, listed
 
-FAMILIES = sorted(path.stem for path in (Path(__file__).parent / "networks").glob("[!_]*.py"))
 #: Constructors by name, of all families.
-ARCHITECTURES: dict[str, Callable[..., nn.Module]] = {}
-for _family in FAMILIES:
-    ARCHITECTURES |= import_module(f"tutelage.models.networks.{_family}").ARCHITECTURES
+ARCHITECTURES = listed("networks")
 #: The constants that published weights of these networks were trained with; other channel counts are centred.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -5,8 +5,6 @@
 """
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,20 +18,12 @@ from tutelage.models.own import MEAN, STD
 from tutelage.models.poses.published import renamed
 from tutelage.models.poses.rtmpose import RTMPose
 from tutelage.models.poses.timm import TimmMaps
-from tutelage.models.source import Wanted, by_channels
+from tutelage.models.source import Wanted, by_channels, listed
 
 #: Words of a mapping that are not the constructor's.
 WORDS = ("model", "weights", "backbone", "roles", "input", "num_classes", "in_channels", "class_names", "head")
 #: Words of the head.
 HEAD = ("split", "hidden", "s", "expansion", "kernel")
-
-
-def architectures() -> dict[str, Callable[..., nn.Module]]:
-    """Return constructors by name, of all files of `poses/`."""
-    found: dict[str, Callable[..., nn.Module]] = {}
-    for path in sorted((Path(__file__).parent / "poses").glob("[!_]*.py")):
-        found |= getattr(import_module(f"tutelage.models.poses.{path.stem}"), "ARCHITECTURES", {})
-    return found
 
 
 def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, Any], seed: int | None = None) -> Model:
@@ -112,11 +102,12 @@ def _build(
         return build(Wanted(place, options={**known, **options})).module
     if kind != "tutelage":
         raise UserError(f"model '{kind}:{place}' is no pose model: tutelage:, timm: (a backbone), python: and run: are")
-    found = architectures()
+    found = listed("poses")
     if place not in found:
         raise UserError(f"unknown pose model 'tutelage:{place}'{nearest(place, found)}")
+    make: Callable[..., nn.Module] = found[place]
     try:
-        return found[place](**known, in_channels=channels, **options)
+        return make(**known, in_channels=channels, **options)
     except TypeError as error:
         raise UserError(f"tutelage:{place}: {error}") from error
 

@@ -9,7 +9,6 @@ itself stays as its library made it. `tutelage:NAME` finds NAME in a table `ARCH
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +20,13 @@ from tutelage.core.error import UserError, nearest
 from tutelage.models import weights
 from tutelage.models.own import MEAN, STD
 from tutelage.models.segmenters.scores import Scores
-from tutelage.models.source import Built, Wanted, by_channels
+from tutelage.models.source import Built, Wanted, by_channels, listed
 
 #: Words of a mapping that are not the constructor's.
 WORDS = ("model", "weights", "roles", "input", "num_classes", "in_channels", "class_names", "head", "outputs")
 #: What may stand on a backbone of timm.
 DECODERS = ("deeplabv3", "pspnet")
 SMALLEST = torch.finfo(torch.float32).tiny
-
-
-def architectures() -> dict[str, Callable[..., nn.Module]]:
-    """Return constructors by name, of all files of `segmenters/`."""
-    found: dict[str, Callable[..., nn.Module]] = {}
-    for path in sorted((Path(__file__).parent / "segmenters").glob("[!_]*.py")):
-        found |= getattr(import_module(f"tutelage.models.segmenters.{path.stem}"), "ARCHITECTURES", {})
-    return found
 
 
 def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, Any], seed: int | None = None) -> Model:
@@ -190,7 +181,7 @@ def _own(kind: str, wanted: Wanted) -> Places:
     """Return a network of this library; a backbone of timm stands under a PSPNet, or what `decoder` names."""
     known: dict[str, Any] = {"num_classes": wanted.num_classes or 21, "in_channels": wanted.in_channels or 3}
     mean, std = (MEAN, STD) if known["in_channels"] == 3 else (by_channels((0.5,), known["in_channels"]),) * 2
-    name, table = wanted.place, architectures()
+    name, table = wanted.place, listed("segmenters")
     options = dict(wanted.options)
     if kind == "timm":
         known |= {"backbone": f"timm:{name}", "pretrained": wanted.pretrained}

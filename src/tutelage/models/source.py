@@ -3,6 +3,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -63,3 +66,17 @@ class Built:
 def by_channels(values: Sequence[float], channels: int) -> tuple[float, ...]:
     """Return a constant of three colours for a number of channels: other counts take their mean."""
     return tuple(values) if channels == len(values) else (sum(values) / len(values),) * channels
+
+
+@cache
+def listed(folder: str, table: str = "ARCHITECTURES") -> Mapping[str, Any]:
+    """Return what the files of a folder beside this one list in a table of theirs, joined; some list nothing.
+
+    Args:
+        folder: such as `networks`.
+        table: name of the mapping: by default the constructors by name.
+    """
+    found: dict[str, Any] = {}
+    for path in sorted((Path(__file__).parent / folder).glob("[!_]*.py")):
+        found |= getattr(import_module(f"tutelage.models.{folder}.{path.stem}"), table, {})
+    return found
