@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands under the heads of this folder: a backbone by name with maps of one stride, and a second head."""
+"""What the heads of this folder have in common: a backbone by name with maps of one stride, and a second head."""
 
 from typing import Any, final
 
 from torch import Tensor, nn
 
+from tutelage.core import Tap
 from tutelage.core.error import UserError, nearest
 from tutelage.models.detectors.pyramid import TINY, Tiny
+from tutelage.models.segmenters.scores import Scores
 
 STAGES = 4  # of a backbone, at most: its last ones
 
@@ -78,3 +80,39 @@ def second_head(body: Body, num_classes: int, dropout: float) -> nn.Module | Non
         return None
     width = max(body.widths[-2] // 4, 8)
     return nn.Sequential(conv(body.widths[-2], width, 3), nn.Dropout2d(dropout), nn.Conv2d(width, num_classes, 1))
+
+
+class Headed(nn.Module):
+    """A backbone, whatever a head makes of its last map, and class scores.
+
+    A head makes `backbone`, `classifier` and `auxiliary`, one place for taps a stage as `stages`, and says in `mapped`
+    what the scores are made from, which comes out of its `bottleneck`.
+    """
+
+    backbone: Body
+    classifier: nn.Module
+    auxiliary: nn.Module | None
+    stages: nn.ModuleList
+
+    def mapped(self, deepest: Tensor) -> Tensor:
+        """Return the map that the scores are made from."""
+        raise NotImplementedError
+
+    def forward(self, pixels: Tensor) -> Tensor | Scores:
+        """Return `[B, K, h, w]` scores at the output stride; in training with those of the second head."""
+        maps = [stage(found) for stage, found in zip(self.stages, self.backbone(pixels), strict=True)]
+        logits: Tensor = self.classifier(self.mapped(maps[-1]))
+        if self.training and self.auxiliary is not None:
+            return Scores(logits, self.auxiliary(maps[-2]))
+        return logits
+
+    @property
+    def places(self) -> dict[str, Tap]:
+        """Taps by role: `map` is what the scores are made from."""
+        stages = {f"stages[{number}]": Tap(f"stages.{number}") for number in range(len(self.stages))}
+        return {**stages, "map": Tap("bottleneck")}
+
+    @property
+    def lent(self) -> dict[str, str]:
+        """Paths of modules by role."""
+        return {"classifier": "classifier"}

@@ -10,13 +10,11 @@ from typing import final
 from torch import Tensor, nn
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
-from tutelage.core import Tap
-from tutelage.models.segmenters.body import Body, conv, second_head
-from tutelage.models.segmenters.scores import Scores
+from tutelage.models.segmenters.body import Body, Headed, conv, second_head
 
 
 @final
-class DeepLabV3(nn.Module):
+class DeepLabV3(Headed):
     """Backbone, convolutions of several dilations, and one 3x3 convolution before the class scores.
 
     Args:
@@ -59,24 +57,10 @@ class DeepLabV3(nn.Module):
         self.auxiliary = second_head(self.backbone, num_classes, 0.1) if auxiliary else None
         self.stages = nn.ModuleList(nn.Identity() for _ in self.backbone.widths)
 
-    def forward(self, pixels: Tensor) -> Tensor | Scores:
-        """Return `[B, K, h, w]` scores at the output stride; in training with those of the second head."""
-        maps = [stage(found) for stage, found in zip(self.stages, self.backbone(pixels), strict=True)]
-        logits: Tensor = self.classifier(self.bottleneck(self.pyramid(maps[-1])))
-        if self.training and self.auxiliary is not None:
-            return Scores(logits, self.auxiliary(maps[-2]))
-        return logits
-
-    @property
-    def places(self) -> dict[str, Tap]:
-        """Taps by role: `map` is what the scores are made from."""
-        stages = {f"stages[{number}]": Tap(f"stages.{number}") for number in range(len(self.stages))}
-        return {**stages, "map": Tap("bottleneck")}
-
-    @property
-    def lent(self) -> dict[str, str]:
-        """Paths of modules by role."""
-        return {"classifier": "classifier"}
+    def mapped(self, deepest: Tensor) -> Tensor:
+        """Return the map that the scores are made from."""
+        found: Tensor = self.bottleneck(self.pyramid(deepest))
+        return found
 
 
 ARCHITECTURES = {"deeplabv3": DeepLabV3}

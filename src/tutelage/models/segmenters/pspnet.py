@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tutelage.core import Tap
 from tutelage.core.error import UserError
-from tutelage.models.segmenters.body import Body, conv, second_head
-from tutelage.models.segmenters.scores import Scores
+from tutelage.models.segmenters.body import Body, Headed, conv, second_head
 
 
 class PyramidPooling(nn.Module):
@@ -42,7 +40,7 @@ class PyramidPooling(nn.Module):
 
 
 @final
-class PSPNet(nn.Module):
+class PSPNet(Headed):
     """Backbone, pyramid pooling, and one 3x3 convolution before the class scores.
 
     Args:
@@ -92,24 +90,10 @@ class PSPNet(nn.Module):
         # taps stand on identities: a backbone of timm need not say where its maps are made
         self.stages = nn.ModuleList(nn.Identity() for _ in self.backbone.widths)
 
-    def forward(self, pixels: Tensor) -> Tensor | Scores:
-        """Return `[B, K, h, w]` scores at the output stride; in training with those of the second head."""
-        maps = [stage(found) for stage, found in zip(self.stages, self.backbone(pixels), strict=True)]
-        logits: Tensor = self.classifier(self.dropout(self.bottleneck(self.pooling(maps[-1]))))
-        if self.training and self.auxiliary is not None:
-            return Scores(logits, self.auxiliary(maps[-2]))
-        return logits
-
-    @property
-    def places(self) -> dict[str, Tap]:
-        """Taps by role: `map` is what the scores are made from."""
-        stages = {f"stages[{number}]": Tap(f"stages.{number}") for number in range(len(self.stages))}
-        return {**stages, "map": Tap("bottleneck")}
-
-    @property
-    def lent(self) -> dict[str, str]:
-        """Paths of modules by role."""
-        return {"classifier": "classifier"}
+    def mapped(self, deepest: Tensor) -> Tensor:
+        """Return the map that the scores are made from."""
+        found: Tensor = self.dropout(self.bottleneck(self.pooling(deepest)))
+        return found
 
 
 ARCHITECTURES = {"pspnet": PSPNet}
