@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import batched_nms, box_iou, nms
 
+from tutelage.core import Tap
 from tutelage.functional.constant import constant
 
 #: One per image: `boxes` [n, 4] x1, y1, x2, y2; `labels` [n] int64; perhaps `masks` [n, H, W].
@@ -151,6 +152,20 @@ def decode(codes: Tensor, anchors: Tensor, weights: Sequence[float] = (1.0, 1.0,
     centre = (anchors[..., :2] + anchors[..., 2:]) / 2 + codes[..., :2] * size
     half = codes[..., 2:].clamp(max=LARGEST).exp() * size / 2
     return torch.cat([centre - half, centre + half], dim=-1)
+
+
+#: Where torchvision's heads of two towers end, by role.
+TOWERS = {"head.cls": "head.classification_head.cls_logits", "head.box": "head.regression_head.bbox_reg"}
+
+
+def by_level(heads: Mapping[str, str], levels: int) -> dict[str, Tap]:
+    """Return the taps of modules that run once for each level of a pyramid, by `role[level]`.
+
+    Args:
+        heads: path of the module, by role.
+        levels: of the pyramid.
+    """
+    return {f"{role}[{level}]": Tap(path, call=level) for role, path in heads.items() for level in range(levels)}
 
 
 def sizes(pixels: Tensor, image_size: Tensor | None) -> Tensor:

@@ -22,7 +22,19 @@ from torchvision.ops import generalized_box_iou_loss
 from tutelage.core import Tap
 from tutelage.core.error import UserError
 from tutelage.functional.precision import full_precision
-from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, focal, one_hot, picked, sizes, top
+from tutelage.models.detectors.dense import (
+    TOWERS,
+    Padded,
+    Targets,
+    apart,
+    by_level,
+    clipped,
+    focal,
+    one_hot,
+    picked,
+    sizes,
+    top,
+)
 from tutelage.models.detectors.pyramid import Pyramid
 
 GROUPS = 32  # of the norms in the towers
@@ -219,16 +231,11 @@ class FCOS(nn.Module):
 
     def roles(self) -> dict[str, Tap]:
         """Return the places of the maps and of the heads' answers, one for each level."""
-        towers = {"head.cls": "classification_head.cls_logits", "head.box": "regression_head.bbox_reg"}
-        levels = range(len(self.backbone.strides))
-        heads = {
-            f"{role}[{level}]": Tap(f"head.{path}", call=level) for role, path in towers.items() for level in levels
-        }
-        return self.backbone.roles() | heads
+        return self.backbone.roles() | by_level(TOWERS, len(self.backbone.strides))
 
     def lends(self) -> dict[str, str]:
         """Return the modules a teacher may lend: the last convolution of each tower."""
-        return {"head.cls": "head.classification_head.cls_logits", "head.box": "head.regression_head.bbox_reg"}
+        return dict(TOWERS)
 
     def by_class(self) -> dict[str, tuple[int, int]]:
         """Return the parameters that have a row a class: groups before it, and numbers of one."""

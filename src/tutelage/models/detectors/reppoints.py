@@ -24,7 +24,18 @@ from tutelage.functional.anchors import levels
 from tutelage.functional.boxes import iou_of
 from tutelage.functional.precision import full_precision
 from tutelage.models.detectors.deformable import looked
-from tutelage.models.detectors.dense import Padded, Targets, apart, clipped, focal, matched, one_hot, sizes, top
+from tutelage.models.detectors.dense import (
+    Padded,
+    Targets,
+    apart,
+    by_level,
+    clipped,
+    focal,
+    matched,
+    one_hot,
+    sizes,
+    top,
+)
 from tutelage.models.detectors.pyramid import Pyramid
 from tutelage.models.detectors.towers import Norm, rarely, small, tower
 
@@ -271,11 +282,8 @@ class RepPoints(nn.Module):
 
     def roles(self) -> dict[str, Tap]:
         """Return the places of the maps and of the answers: class logits, and the second points."""
-        found = self.backbone.roles()
-        for level in range(len(self.backbone.strides)):
-            found[f"head.cls[{level}]"] = Tap("head.cls", call=level)
-            found[f"head.box[{level}]"] = Tap("head.points", call=level)
-        return found
+        heads = {"head.cls": "head.cls", "head.box": "head.points"}
+        return self.backbone.roles() | by_level(heads, len(self.backbone.strides))
 
     def lends(self) -> dict[str, str]:
         """Return the modules a teacher may lend: the last convolution of each side."""
