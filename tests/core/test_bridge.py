@@ -6,7 +6,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tutelage.core.bridge import Across, across, bridge, check_grid, check_maps, check_statistics, regressor
+from tutelage.core.bridge import (
+    Across,
+    across,
+    bridge,
+    check_grid,
+    check_maps,
+    check_statistics,
+    fusion_layers,
+    regressor,
+)
 from tutelage.core.error import UserError
 
 
@@ -115,3 +124,11 @@ def test_what_is_refused() -> None:
         check_statistics(torch.zeros(1, 3, 1, 1), True, "m")
     check_statistics(torch.zeros(1, 3, 1, 1), False, "m")
     check_statistics(torch.zeros(1, 3, 1, 2), True, "m")
+
+
+def test_layers_of_a_review_keep_the_place_and_have_no_bias() -> None:
+    narrow, wide = fusion_layers(6, 4, 10)
+    found = narrow(torch.zeros(2, 6, 5, 7))
+    assert found.shape == (2, 4, 5, 7)
+    assert wide(found).shape == (2, 10, 5, 7)
+    assert [name for name, _ in narrow.named_parameters()] == ["0.weight", "1.weight", "1.bias"]

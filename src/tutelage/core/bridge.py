@@ -166,3 +166,22 @@ def check_statistics(values: Tensor, training: bool, what: str) -> None:
             f"{what}: batch norm cannot train on one value a channel (one sample with a 1x1 map); "
             "use a batch size of at least 2, or drop the last incomplete batch"
         )
+
+
+def fusion_layers(width: int, middle: int, goal: int) -> tuple[nn.Sequential, nn.Sequential]:
+    """Return the two convolutions of a review: what narrows the student's map, and what gives the teacher's width.
+
+    1x1 and 3x3 without bias, Kaiming uniform (a = 1), a batch norm behind each.
+
+    Args:
+        width: of the student's map.
+        middle: of what is handed from level to level.
+        goal: width of the teacher's map.
+
+    Reference: Chen et al., Distilling Knowledge via Knowledge Review, CVPR 2021.
+    """
+    down = nn.Conv2d(width, middle, 1, bias=False)
+    out = nn.Conv2d(middle, goal, 3, padding=1, bias=False)
+    for conv in (down, out):
+        nn.init.kaiming_uniform_(conv.weight, a=1)
+    return nn.Sequential(down, nn.BatchNorm2d(middle)), nn.Sequential(out, nn.BatchNorm2d(goal))

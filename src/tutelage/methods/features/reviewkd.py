@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Term
-from tutelage.core.bridge import check_statistics
+from tutelage.core.bridge import check_statistics, fusion_layers
 from tutelage.core.error import UserError
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
@@ -92,12 +92,7 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int, middle: int, goal: int, gated: bool) -> None:
         super().__init__()
-        down = nn.Conv2d(width, middle, 1, bias=False)
-        out = nn.Conv2d(middle, goal, 3, padding=1, bias=False)
-        for conv in (down, out):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-        self.conv1 = nn.Sequential(down, nn.BatchNorm2d(middle))
-        self.conv2 = nn.Sequential(out, nn.BatchNorm2d(goal))
+        self.conv1, self.conv2 = fusion_layers(width, middle, goal)
         self.att_conv = nn.Sequential(nn.Conv2d(2 * middle, 2, 1), nn.Sigmoid()) if gated else None
 
     def forward(self, student_map: Tensor, residual: Tensor | None, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

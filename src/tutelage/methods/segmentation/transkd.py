@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
-from tutelage.core.bridge import bridge, check_grid, check_maps, check_statistics
+from tutelage.core.bridge import bridge, check_grid, check_maps, check_statistics, fusion_layers
 from tutelage.core.error import UserError, nearest
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
@@ -139,12 +139,7 @@ class Fusion(nn.Module):
 
     def __init__(self, width: int, middle: int, goal: int, gated: bool) -> None:
         super().__init__()
-        down = nn.Conv2d(width, middle, 1, bias=False)
-        out = nn.Conv2d(middle, goal, 3, padding=1, bias=False)
-        for conv in (down, out):
-            nn.init.kaiming_uniform_(conv.weight, a=1)
-        self.conv1 = nn.Sequential(down, nn.BatchNorm2d(middle))
-        self.conv2 = nn.Sequential(out, nn.BatchNorm2d(goal))
+        self.conv1, self.conv2 = fusion_layers(width, middle, goal)
         self.gated = gated
         if gated:
             hidden = max(middle // REDUCTION, HIDDEN)
