@@ -71,6 +71,10 @@ def test_files_that_cannot_be_read_are_named(capsys: CAPSYS, run: str) -> None:
             "unknown model 'timm:test_resent'; did you mean test_resnet?",
         ),
         (("run", "a.png", "--top", "0"), "--top must be at least 1, not 0"),
+        (
+            ("timm:test_resnet", "a.png", "--task", "detectoin"),
+            "task: unknown task 'detectoin'; did you mean detection?",
+        ),
     ],
 )
 def test_bad_input(capsys: CAPSYS, arguments: tuple[str, ...], said: str) -> None:

@@ -26,7 +26,7 @@ from tutelage.models.known import untrained
 from tutelage.models.load import load
 from tutelage.report.gallery import Gallery
 from tutelage.report.measure import evaluating
-from tutelage.run.assemble import Assembled, task_of
+from tutelage.run.assemble import Assembled, task_class, task_of
 from tutelage.run.folder import RunFolder
 from tutelage.run.inspect import spec
 from tutelage.run.recipe import TaskSection
@@ -131,7 +131,7 @@ def task_named(name: str, task: str | None) -> TaskSection | None:
         task: as the user says it.
 
     Raises:
-        UserError: if the user says another than the run.
+        UserError: if the user says another than the run, or one that does not exist.
     """
     folder = RunFolder(Path(name.removeprefix("run:")))
     if folder.recipe_path.is_file():
@@ -139,6 +139,8 @@ def task_named(name: str, task: str | None) -> TaskSection | None:
         if task not in (None, known.name):
             raise UserError(f"{name} was trained for {known.name}, not {task}")
         return known if known.name in DENSE else None
+    if task is not None:
+        task_class(task)  # refuses what is none
     return TaskSection(name=task) if task in DENSE else None
 
 
