@@ -70,9 +70,7 @@ def main() -> None:
     (HOME / "results.md").write_text(
         "# Classification, as measured\n\nPublished CIFAR-10 weights on the images at hand:\n\n"
         f"| network | published, 10,000 images (%) | ours (%) | images |\n| :-- | --: | --: | --: |\n{rows}\n\n"
-        + "\n\n".join(table.markdown() for table in compared.tables)
-        + "\n\n"
-        + " ".join((compared.comparison.verdict.sentence, *compared.comparison.verdict.details))
+        + compared.markdown()
         + "\n"
     )
 

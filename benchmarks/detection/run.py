@@ -86,9 +86,7 @@ def written(known: dict[str, dict[str, float]], compared: Compared | None) -> No
         f"| runs in | mAP (%) | AP at 0.50 (%) |\n| :-- | --: | --: |\n{rows}\n"
     )
     if compared is not None:
-        verdict = compared.comparison.verdict
-        text += "\n" + "\n\n".join(table.markdown() for table in compared.tables) + "\n\n"
-        text += " ".join((verdict.sentence, *verdict.details)) + "\n"
+        text += f"\n{compared.markdown()}\n"
     write_text(HOME / "results.md", text)
 
 

@@ -66,11 +66,7 @@ def save(done: Mapping[str, Compared]) -> None:
     """Write what has been measured so far."""
     plain = {name: one.plain() for name, one in done.items()}
     (HOME / "results.json").write_text(json.dumps({"environment": environment(), "parts": plain}, indent=2) + "\n")
-    parts = ["# Language, as measured"]
-    for compared in done.values():
-        verdict = compared.comparison.verdict
-        parts += [table.markdown() for table in compared.tables]
-        parts.append(" ".join((verdict.sentence, *verdict.details)))
+    parts = ["# Language, as measured", *(compared.markdown() for compared in done.values())]
     (HOME / "results.md").write_text("\n\n".join(parts) + "\n")
 
 

@@ -76,9 +76,7 @@ def main() -> None:
     (HOME / "results.md").write_text(
         "# Segmentation, as measured\n\nThe published ESPNet on the 101 validation images:\n\n"
         f"| images | mean IoU (%) | pixel accuracy (%) | boundary IoU (%) |\n| :-- | --: | --: | --: |\n{rows}\n\n"
-        + "\n\n".join(table.markdown() for table in compared.tables)
-        + "\n\n"
-        + " ".join((compared.comparison.verdict.sentence, *compared.comparison.verdict.details))
+        + compared.markdown()
         + "\n"
     )
 

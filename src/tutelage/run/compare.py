@@ -61,6 +61,11 @@ class Compared:
         """What is printed and reported: scores, then size and speed."""
         return self.comparison.table(self.title), cost_table(self.measures)
 
+    def markdown(self) -> str:
+        """Return the tables and the verdict as Markdown."""
+        verdict = self.comparison.verdict
+        return "\n\n".join((*(one.markdown() for one in self.tables), " ".join((verdict.sentence, *verdict.details))))
+
     def plain(self) -> dict[str, Any]:
         """Return the comparison as plain data."""
         found = self.comparison
