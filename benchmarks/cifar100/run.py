@@ -161,6 +161,8 @@ def main() -> None:
     source = data(asked.mosaics, asked.out, full=asked.full)
     recipes = pairs(source, asked.weights, full=asked.full, device=asked.device)
     if asked.pair is not None:
+        if asked.pair not in recipes:
+            parser.error(f"--pair is one of {', '.join(recipes)}")
         recipes = {asked.pair: recipes[asked.pair]}
     chosen = {pair: arms(recipe, every_method() if asked.full else METHODS[pair]) for pair, recipe in recipes.items()}
     done: dict[str, Compared] = {}
