@@ -178,3 +178,45 @@ def test_the_section_of_a_recipe_is_the_section_here() -> None:
 def test_what_is_wrong_is_said(spec: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         load(spec)
+
+
+LATE: dict[str, tuple[dict[str, Any], Any, Any]] = {
+    "classification": ({"source": "digits", "labels": 50}, ["affine"], "none"),
+    "detection": ({"source": "scenes", "detection": {"scenes": [8, 2], "side": 48}}, ["photometric"], "none"),
+    "segmentation": ({"source": "scenes", "segmentation": {"scenes": [8, 2], "side": 48}}, {"color": 0.4}, "none"),
+    "pose": ({"source": "figures", "pose": {"number": 8, "held_out": 2}}, {"scale": [0.5, 1.5]}, "none"),
+}
+
+
+@pytest.mark.parametrize("task", LATE)
+def test_the_last_epochs_may_be_augmented_otherwise(task: str) -> None:
+    spec, early, late = LATE[task]
+    made = load({**spec, "batch_size": 4, "augment": early, "augment_late": {"epochs": 2, "augment": late}}, task=task)
+    plain, moved = (load({**spec, "batch_size": 4, "augment": word}, task=task) for word in (late, early))
+    made.train.epochs = 3
+    for epoch, same, other in ((0, moved, plain), (1, plain, moved), (2, plain, moved)):
+        found = next(made.train.epoch(epoch))
+        assert torch.equal(found.inputs, next(same.train.epoch(epoch)).inputs)
+        assert not torch.equal(found.inputs, next(other.train.epoch(epoch)).inputs)
+
+
+@pytest.mark.parametrize(
+    ("late", "said"),
+    [
+        ({"epoch": 2, "augment": "none"}, "data.augment_late.epoch is not known; did you mean epochs?"),
+        ({"epochs": 2}, "data.augment_late.augment is missing: what is done in the last epochs, such as none"),
+        ({"epochs": 0, "augment": "none"}, "data.augment_late.epochs counts the last epochs, at least 1, not 0"),
+        ({"augment": "none"}, "data.augment_late.epochs counts the last epochs, at least 1, not None"),
+        ({"epochs": 2, "augment": ["flop"]}, "data.augment_late: augment: no step 'flop'; did you mean flip?"),
+    ],
+)
+def test_a_wrong_end_is_named(late: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
+        load({"source": "digits", "augment_late": late})
+
+
+def test_a_wrong_end_of_a_dense_task_is_named() -> None:
+    with pytest.raises(
+        UserError, match=re.escape("data.augment_late: augment.rotat is not known; did you mean rotate")
+    ):
+        load({"source": "figures", "augment_late": {"epochs": 1, "augment": {"rotat": 60}}}, task="pose")

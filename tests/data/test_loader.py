@@ -18,7 +18,7 @@ from tutelage.core import Batch, Frame
 from tutelage.core.error import UserError
 from tutelage.data import augment
 from tutelage.data.folder import Files
-from tutelage.data.loader import Loader
+from tutelage.data.loader import Late, Loader, Replay
 from tutelage.data.mix import Mix
 from tutelage.data.samples import Arrays, Dense
 
@@ -335,6 +335,7 @@ class Marked:
     targets: Tensor
     class_names: tuple[str, ...] = ("thing",)
     broken: int = -1
+    move: int = 7
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -353,12 +354,15 @@ class Marked:
     def relabel(self, targets: Tensor) -> "Marked":
         return replace(self, targets=targets)
 
+    def augmented(self, augment: Any) -> "Marked":
+        return replace(self, move=augment)
+
     def model_facts(self) -> dict[str, Any]:
         return {"task": "detection", "num_classes": 1}
 
     def seen(self, record: tuple[Tensor, Tensor], key: int, *, train: bool) -> tuple[Tensor, Tensor]:
         image, box = record
-        return image, box + key % 7 if train else box
+        return image, box + key % self.move if train else box
 
     def collate(self, records: Sequence[tuple[Tensor, Tensor]], index: Tensor, view: Tensor) -> Batch:
         sizes = torch.tensor([image.shape[-2:] for image, _ in records])
@@ -382,6 +386,39 @@ def test_dense_samples_change_and_pad_by_themselves(workers: int) -> None:
     still = next(Loader(samples, 4, seed=3, train=False).epoch(0))
     assert still.frame is not None
     assert not still.frame.boxes[:, :2].any()
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_last_epochs_are_seen_otherwise(workers: int) -> None:
+    samples = Marked(torch.zeros(10, dtype=torch.long))
+    early = Loader(samples, 4, seed=3, train=True)
+    late = Loader(samples.augmented(2), 4, seed=3, train=True)
+    loader = Loader(samples, 4, seed=3, train=True, workers=workers, late=Late(2, samples.augmented(2)))
+    loader.epochs = 5
+    for epoch in (0, 2, 3, 4):
+        other = late if epoch >= 3 else early
+        for start in (0, 2):
+            pairs = list(zip(loader.epoch(epoch, start), other.epoch(epoch, start), strict=True))
+            assert len(pairs) == 3 - start
+            for one, same in pairs:
+                assert one.frame is not None
+                assert same.frame is not None
+                assert torch.equal(one.index, same.index)
+                assert torch.equal(one.frame.boxes, same.frame.boxes)
+
+
+def test_the_last_epochs_of_plain_images_are_changed_otherwise() -> None:
+    samples = numbered(10)
+    loader = Loader(samples, 4, seed=3, train=True, transform=noise, late=Late(1, samples))
+    assert loader.epochs is None
+    unknown = next(loader.epoch(3))
+    loader.epochs = 4
+    early, late = next(loader.epoch(2)), next(loader.epoch(3))
+    assert torch.equal(early.inputs[:, 0, 0, 0], early.index + early.view % 997)
+    assert torch.equal(late.inputs[:, 0, 0, 0], late.index.float())
+    assert torch.equal(unknown.inputs, noise(late.inputs, late.view)), "without a length no epoch is late"
+    with pytest.raises(UserError, match=r"data\.augment_late: stored answers are about single images"):
+        Loader(samples, 4, train=True, replay=Replay(3, 1), late=Late(1, samples))
 
 
 def test_a_dense_sample_that_cannot_be_read_is_named_or_skipped() -> None:

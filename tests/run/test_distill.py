@@ -10,7 +10,7 @@ from tutelage.core import Live
 from tutelage.core.error import UserError
 from tutelage.models.load import load as load_model
 from tutelage.run.assemble import assemble
-from tutelage.run.distill import distill, rehearse, score, teacher_recipe
+from tutelage.run.distill import distill, distilling, rehearse, score, teacher_recipe
 from tutelage.run.recipe import Recipe, parse
 from tutelage.train.log import Log
 from tutelage.train.runtime import Runtime
@@ -50,6 +50,31 @@ def test_lengths_are_counted_in_optimizer_steps() -> None:
     assert (by_epochs.steps_per_epoch, by_epochs.total_steps) == (3, 6)
     assert assemble(tiny(train={"steps": None, "epochs": 0.01})).total_steps == 1
     assert assemble(tiny()).total_steps == 4
+
+
+@pytest.mark.parametrize(
+    ("train", "epochs"), [({"steps": None, "epochs": 2.5, "accumulate": 5}, 3), ({"steps": 13}, 2), ({"steps": 4}, 1)]
+)
+def test_the_last_epochs_are_counted_from_the_end_of_the_run(train: dict[str, Any], epochs: int) -> None:
+    late = {"epochs": 1, "augment": "digits"}
+    loader = assemble(tiny(train=train, data={"augment_late": late})).data.train
+    plain = assemble(tiny(train=train)).data.train
+    assert loader.epochs == epochs
+    for epoch in range(epochs):
+        same = torch.equal(next(loader.epoch(epoch)).inputs, next(plain.epoch(epoch)).inputs)
+        assert same == (epoch < epochs - 1)
+
+
+def test_a_run_stopped_in_its_last_epochs_ends_with_the_same_bits() -> None:
+    late = {"epochs": 1, "augment": "digits"}
+    train = {"steps": 30, "log_every": 100, "save_every": "5 steps"}
+    recipe = tiny(train=train, data={"augment_late": late})
+    whole = distill(recipe, Path("whole"), quiet=True)
+    stopped = distilling(recipe, Path("stopped"), quiet=True)
+    assert next(step for step in stopped if step == 27) == 27  # the last epoch began at 24, the checkpoint is of 25
+    stopped.close()
+    resumed = distill(recipe, Path("stopped"), quiet=True)
+    assert whole.folder.weights.read_bytes() == resumed.folder.weights.read_bytes()
 
 
 def test_decay_spares_vectors_unless_told_otherwise() -> None:

@@ -235,5 +235,8 @@ def test_what_cannot_be_stored_is_said() -> None:
         store(asked(), Path("s"), top=0, quiet=True)
     with pytest.raises(UserError, match="mixed images and further views of a batch cannot be stored"):
         store(asked(data={**asked().plain()["data"], "mixup": 0.5}), Path("s"), quiet=True)
+    late = {"epochs": 1, "augment": "none"}
+    with pytest.raises(UserError, match=r"data\.augment_late: views that come again every epoch have no last epochs"):
+        store(asked(data={**asked().plain()["data"], "augment_late": late}), Path("s"), quiet=True)
     with pytest.raises(UserError, match=r"no-such holds no stored answers \(no store.json\): make them with"):
         assemble(with_store(asked(), "no-such"))

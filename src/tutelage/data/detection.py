@@ -145,6 +145,10 @@ class Boxed:
         """Return the same images, with boxes withheld where the target is -1."""
         return replace(self, targets=targets)
 
+    def augmented(self, augment: Any) -> "Boxed":
+        """Return the same images, changed in training as this `augment` says."""
+        return replace(self, augment=_augment(augment))
+
     def model_facts(self) -> dict[str, Any]:
         """Return what a detector must know of the data."""
         return {

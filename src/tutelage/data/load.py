@@ -15,7 +15,7 @@ from tutelage.core import Batch, Facts
 from tutelage.core.error import UserError, check_words, nearest
 from tutelage.core.task import DENSE
 from tutelage.data import augment
-from tutelage.data.loader import UNREADABLE, Loader, Replay
+from tutelage.data.loader import UNREADABLE, Late, Loader, Replay
 from tutelage.data.mix import Mix
 from tutelage.data.samples import Composed, Dense, Held, Joined, Samples, stratified, without
 
@@ -129,6 +129,7 @@ class Spec:
         labelled_per_batch: see `Loader`.
         workers: reading processes.
         augment: see `tutelage.data.augment.build`.
+        augment_late: `epochs` and `augment`: what is done to training images in the last so many epochs instead.
         views: further augmentations of the same images, by the name of the view.
         image_size: pixels of a square, or (height, width), to which images are brought.
         mixup: alpha of the Beta distribution, 0 for none.
@@ -155,6 +156,7 @@ class Spec:
     labelled_per_batch: int | None = None
     workers: int = 0
     augment: Any = None
+    augment_late: Mapping[str, Any] | None = None
     views: Mapping[str, Any] = field(default_factory=dict)
     image_size: int | tuple[int, int] | None = None
     mixup: float = 0.0
@@ -268,7 +270,17 @@ SOURCES: dict[str, Callable[[str, Spec], Sets]] = {
 EMBEDDED = ("digits", "stdlib-text")
 #: Words of the section that are about images and classes.
 OF_IMAGES = (
-    *("labels", "unlabelled", "labelled_per_batch", "augment", "views", "image_size", "mixup", "cutmix"),
+    *(
+        "labels",
+        "unlabelled",
+        "labelled_per_batch",
+        "augment",
+        "augment_late",
+        "views",
+        "image_size",
+        "mixup",
+        "cutmix",
+    ),
     *("image_column", "label_column"),
 )
 #: Words of the section that are about one class an image.
@@ -337,9 +349,33 @@ def load(
         rank=rank,
         world_size=world_size,
         replay=replay,
+        late=_late(section, train),
         **alike,
     )
     return Splits(loader, held_out["validation"], held_out.get("test"), apart)
+
+
+def _late(spec: Spec, train: Samples) -> Late | None:
+    """Return what training sees in its last epochs, if that is something else.
+
+    Raises:
+        UserError: if the section lacks a word, has another, or counts no epoch.
+    """
+    given = spec.augment_late
+    if given is None:
+        return None
+    check_words(given, ("epochs", "augment"), "data.augment_late")
+    if given.get("augment") is None:
+        raise UserError("data.augment_late.augment is missing: what is done in the last epochs, such as none")
+    epochs = given.get("epochs")
+    if not isinstance(epochs, int) or epochs < 1:
+        raise UserError(f"data.augment_late.epochs counts the last epochs, at least 1, not {epochs!r}")
+    try:
+        if isinstance(train, Dense):
+            return Late(epochs, train.augmented(given["augment"]))
+        return Late(epochs, train, augment.build(given["augment"], train=True, size=spec.image_size))
+    except UserError as error:
+        raise UserError(f"data.augment_late: {str(error).removeprefix('data.')}") from error
 
 
 def _scored_together(samples: Samples, spec: Spec) -> int:

@@ -55,6 +55,21 @@ class Replay:
     answers: Callable[[Tensor, Tensor], Mapping[str, Tensor]] | None = None
 
 
+@dataclass(frozen=True)
+class Late:
+    """What training sees in the last epochs of a run.
+
+    Args:
+        epochs: so many.
+        samples: the loader's, in its order; they may change themselves in another way.
+        transform: in the place of the loader's.
+    """
+
+    epochs: int
+    samples: Samples
+    transform: Transform | None = None
+
+
 class Loader:
     """Reads samples in batches.
 
@@ -81,6 +96,7 @@ class Loader:
         rank: of this process; it gets its contiguous part of every batch.
         world_size: number of processes.
         replay: the views that are seen in training, in the place of new ones every epoch.
+        late: what is seen in the last epochs; which these are hangs on `epochs`, the length of the run.
 
     Raises:
         UserError: if no batch can be formed, or if what is replayed would be mixed.
@@ -112,6 +128,7 @@ class Loader:
         rank: int = 0,
         world_size: int = 1,
         replay: Replay | None = None,
+        late: Late | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, not {batch_size}")
@@ -121,8 +138,11 @@ class Loader:
         self.transform, self.views, self.mixing = transform, dict(views or {}), mixing
         self.labelled_per_batch, self.repeats, self.workers = labelled_per_batch, repeats, workers
         self.on_error, self.rank, self.world_size, self.replay = on_error, rank, world_size, replay
-        if replay is not None and (mixing is not None or views):
-            word = "views" if views else "mixup and data.cutmix"
+        self.late = late
+        #: of the run, the last one counted whole; not known, no epoch is late
+        self.epochs: int | None = None
+        if replay is not None and (mixing is not None or views or late is not None):
+            word = "augment_late" if late is not None else "views" if views else "mixup and data.cutmix"
             raise UserError(f"data.{word}: stored answers are about single images as they were seen; leave it out")
         #: what could not be read, by the sample's name
         self.skipped: dict[str, str] = {}
@@ -181,6 +201,13 @@ class Loader:
             batch = self._batch(epoch, position, fetched)
             if batch is not None:
                 yield batch
+
+    def _seen_in(self, epoch: int) -> tuple[Samples, Transform | None]:
+        """Return the samples of an epoch, and how they are changed."""
+        late = self.late
+        if late is None or self.epochs is None or epoch < self.epochs - late.epochs:
+            return self.samples, self.transform
+        return late.samples, late.transform
 
     # --- what is in a batch ------------------------------------------------------------------------------
 
@@ -243,8 +270,9 @@ class Loader:
 
     def _composed(self, epoch: int, position: int, fetched: Fetched) -> Batch | None:
         ids, view = self.rows(epoch, position)
+        samples, _ = self._seen_in(epoch)
         for index, what in fetched.failures.items():
-            name = self.samples.name(index)
+            name = samples.name(index)
             if self.on_error == "raise":
                 raise UserError(f"{name}: {what}; data.on_error: skip leaves such samples out")
             self.skipped[name] = what
@@ -253,12 +281,12 @@ class Loader:
             if fetched.failures:  # a step without a batch would put epoch and position out of step
                 raise UserError(f"no sample of a whole batch could be read, the first is {next(iter(self.skipped))}")
             return None  # a small last batch of an evaluation leaves this rank nothing
-        if isinstance(self.samples, Dense):
-            return self.samples.collate(fetched.records, ids, view)
+        if isinstance(samples, Dense):
+            return samples.collate(fetched.records, ids, view)
         views = {name: to_unit(images) for name, images in fetched.views.items()}
-        batch = Batch.of(to_unit(fetched.images), self.samples.targets[ids], index=ids, view=view, views=views)
-        if isinstance(self.samples, Composed):
-            batch = self.samples.compose(batch, train=self.train)
+        batch = Batch.of(to_unit(fetched.images), samples.targets[ids], index=ids, view=view, views=views)
+        if isinstance(samples, Composed):
+            batch = samples.compose(batch, train=self.train)
         if self.train and self.mixing is not None:
             batch = self.mixing(batch, mix(self.seed, MIX, epoch * self._steps + position))
         return batch
@@ -291,9 +319,10 @@ class Loader:
     def fetch(self, epoch: int, position: int) -> Fetched:
         """Read and transform this rank's part of a batch."""
         ids, view = self.rows(epoch, position)
-        if isinstance(self.samples, Held):
-            held = self.samples.read_many(ids)
-            return Fetched(torch.arange(len(ids)), self._seen(held, view), self._further(held, view), {})
+        samples, transform = self._seen_in(epoch)
+        if isinstance(samples, Held):
+            held = samples.read_many(ids)
+            return Fetched(torch.arange(len(ids)), _changed(held, view, transform), self._further(held, view), {})
         rows: list[int] = []
         records: list[Any] = []
         images: list[Tensor] = []
@@ -301,26 +330,23 @@ class Loader:
         failures: dict[int, str] = {}
         for row, index in enumerate(ids.tolist()):
             try:
-                found: Any = self.samples.read(index)
+                found: Any = samples.read(index)
             except UNREADABLE as error:
                 failures[index] = str(error) or type(error).__name__
                 continue
             rows.append(row)
-            if isinstance(self.samples, Dense):
-                records.append(self.samples.seen(found, int(view[row]), train=self.train))
+            if isinstance(samples, Dense):
+                records.append(samples.seen(found, int(view[row]), train=self.train))
                 continue
             image, key = found[None], view[row : row + 1]
-            images.append(self._seen(image, key))
+            images.append(_changed(image, key, transform))
             further.append(self._further(image, key))
-        names = [self.samples.name(int(ids[row])) for row in rows]
+        names = [samples.name(int(ids[row])) for row in rows]
         kept = torch.tensor(rows, dtype=torch.long)
-        if isinstance(self.samples, Dense):
+        if isinstance(samples, Dense):
             return Fetched(kept, torch.zeros(0), {}, failures, records)
         joined = {name: joined_images([one[name] for one in further], names) for name in self.views}
         return Fetched(kept, joined_images(images, names), joined, failures)
-
-    def _seen(self, images: Tensor, view: Tensor) -> Tensor:
-        return self.transform(images, view) if self.transform is not None else images
 
     def _further(self, images: Tensor, view: Tensor) -> dict[str, Tensor]:
         return {
@@ -349,6 +375,10 @@ class _Fetches(Dataset[Fetched]):
 
     def __getitem__(self, place: tuple[int, int]) -> Fetched:
         return self.loader.fetch(*place)
+
+
+def _changed(images: Tensor, view: Tensor, transform: Transform | None) -> Tensor:
+    return images if transform is None else transform(images, view)
 
 
 def permutation(size: int, key: int) -> Tensor:

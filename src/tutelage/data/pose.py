@@ -231,6 +231,10 @@ class Posed:
         """Return the same people, with keypoints withheld where the target is -1."""
         return replace(self, targets=targets)
 
+    def augmented(self, augment: Any) -> "Posed":
+        """Return the same people, changed in training as this `augment` says."""
+        return replace(self, changes=Changes.parse(augment))
+
     def model_facts(self) -> dict[str, Any]:
         """Return what a model must know of the samples."""
         layout = self.people.layout
@@ -327,6 +331,10 @@ class Pictures:
         )
 
     def relabel(self, targets: Tensor) -> "Pictures":
+        """Return the same images."""
+        return self
+
+    def augmented(self, augment: Any) -> "Pictures":
         """Return the same images."""
         return self
 

@@ -71,6 +71,9 @@ class Dense(Samples, Protocol):
     def read(self, index: int) -> Any:
         """Return one record as it lies on disk."""
 
+    def augmented(self, augment: Any) -> Self:
+        """Return the same samples, changed in training as this `augment` of a recipe says."""
+
     def seen(self, record: Any, key: int, *, train: bool) -> Any:
         """Return a record as a model sees it: resized, cropped, in training augmented, by the key alone."""
 

@@ -459,6 +459,10 @@ class ClassMaps:
         """Return the same images, those with target -1 without their class maps."""
         return replace(self, targets=targets)
 
+    def augmented(self, augment: Any) -> "ClassMaps":
+        """Return the same images, changed in training as this `augment` says; a crop without a size keeps its own."""
+        return replace(self, changes=Changes.parse(augment, self.changes))
+
     def model_facts(self) -> dict[str, Any]:
         """Return what a model must know of the samples."""
         return {

@@ -287,6 +287,7 @@ def assemble(
     sample = data.sample(max(1, min(2, recipe.data.batch_size // ranks.world_size())))
     per_epoch = math.ceil(data.train.steps_per_epoch / settings.accumulate)
     total = settings.steps or max(1, round((settings.epochs or 0) * per_epoch))
+    data.train.epochs = math.ceil(total / per_epoch)
     facts = data.facts(total, settings.seed, settings.accumulate)
 
     torch.manual_seed(mix(settings.seed, INIT))

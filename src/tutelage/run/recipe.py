@@ -115,6 +115,13 @@ class TeacherSection(StudentSection):
         return Path(self.model.removeprefix(STORE)) if self.model.startswith(STORE) else None
 
 
+class LateSection(Section):
+    """What is done to training images in the last `epochs` of the run, in the place of `data.augment`."""
+
+    epochs: int = Field(ge=1)
+    augment: str | list[Any] | dict[str, Any]
+
+
 class DataSection(Section):
     """The samples: the words of `tutelage.data.load.Spec`, which says what they mean."""
 
@@ -127,6 +134,7 @@ class DataSection(Section):
     labelled_per_batch: int | None = Field(None, ge=1)
     workers: int = Field(0, ge=0)
     augment: str | list[Any] | dict[str, Any] | None = None
+    augment_late: LateSection | None = None
     views: dict[str, Any] = Field(default_factory=dict)
     image_size: int | tuple[int, int] | None = None
     mixup: float = Field(0.0, ge=0)

@@ -144,6 +144,8 @@ def _ordered(made: Assembled, views: int | None) -> Loader:
         raise UserError(f"answers about whole samples are stored; those of {made.task.name} are not yet")
     if train.mixing is not None or train.views:
         raise UserError("data: mixed images and further views of a batch cannot be stored; leave them out")
+    if train.late is not None:
+        raise UserError("data.augment_late: views that come again every epoch have no last epochs; leave it out")
     if views is None:
         epochs = math.ceil(made.total_steps / made.steps_per_epoch)
         views = epochs if train.transform is not None else 1
