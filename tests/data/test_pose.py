@@ -194,6 +194,12 @@ def test_pixels_and_points_move_together(key: int) -> None:
     assert torch.allclose(found.points[0, 5, :2], back, atol=1e-3)
 
 
+def test_a_probability_of_one_is_a_number_and_no_word() -> None:
+    assert Changes.parse({"flip": 1, "blur": 1.0}) == Changes(flip=1, blur=1.0)
+    assert Changes.parse({"flip": True, "hsv": None}) == Changes(flip=0.5, hsv=(5.0, 30.0, 30.0))
+    assert Changes.parse(None) == Changes(0.5, 0.3, 0.16, (0.6, 1.4), 80.0, 0.3, None, 0.0, 0.0, 1.0)
+
+
 def test_a_crop_is_a_function_of_its_key() -> None:
     data = load({"source": "figures", "batch_size": 4, "pose": {"number": 8, "held_out": 4}}, task="pose", seed=5)
     samples: Any = data.train.samples
@@ -213,6 +219,12 @@ def test_half_a_body_is_cut_where_enough_is_visible() -> None:
         for key in range(16)
     }
     assert len(spans) == 2, "the upper half, or the lower one"
+    middles = []
+    for key in range(16):  # what stands in the middle of the crop
+        matrix = crop(record, BODY, (64, 48), 1.25, Changes(half_body=1.0), key).matrix[0]
+        middles.append(matrix[:, :2] @ torch.tensor([24.0, 32.0]) + matrix[:, 2])
+    for half in (points[:11, :2].mean(0), points[11:, :2].mean(0)):
+        assert min(float((middle - half).abs().amax()) for middle in middles) < 1e-3
     few = Record(record.image, points * (torch.arange(17) < 8)[:, None], record.box)
     plain = crop(few, BODY, (64, 48), 1.25, None, 0).matrix
     assert torch.equal(crop(few, BODY, (64, 48), 1.25, Changes(half_body=1.0), 3).matrix, plain)

@@ -117,7 +117,7 @@ def test_words_of_augment(given: Any, expected: Changes) -> None:
         ({"scale": [2, 1]}, "data.augment.scale is [smallest, largest]"),
         ({"crop": "large"}, "data.augment.crop is a number of pixels, or [height, width], not 'large'"),
         ({"flip": 2}, "data.augment.flip is a number in [0, 1], not 2"),
-        (7, "data.augment: expected words of scale, crop, most, flip, color, not 7"),
+        (7, "data.augment: expected words of scale, crop, most, flip, color, hsv, blur, median_blur, not 7"),
     ],
 )
 def test_words_that_make_no_sense(given: Any, message: str) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.core.error import UserError, nearest
+from tutelage.data.photometric import HSV, Blur, MedianBlur
 from tutelage.data.samples import to_unit
 from tutelage.functional.noise import keys, uniform
 
@@ -324,10 +325,13 @@ def _centred(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, 
 STEPS: dict[str, Callable[..., Step]] = {
     "affine": Affine,
     "auto_augment": auto_augment,
+    "blur": Blur,
     "center_crop": CenterCrop,
     "color_jitter": color_jitter,
     "erase": Erase,
     "flip": Flip,
+    "hsv": HSV,
+    "median_blur": MedianBlur,
     "pad_crop": PadCrop,
     "rand_augment": rand_augment,
     "random_resized_crop": RandomResizedCrop,

@@ -20,11 +20,12 @@ from tutelage.core.batch import Frame
 from tutelage.core.error import UserError, check_words, nearest
 from tutelage.core.keypoints import WHOLEBODY, Layout
 from tutelage.data.annotations import Troubles
-from tutelage.data.augment import pair
+from tutelage.data.augment import Step, pair
 from tutelage.data.figures import figures
 from tutelage.data.folder import read_image
 from tutelage.data.people import People, detections, files_of
 from tutelage.data.people import read as read_people
+from tutelage.data.photometric import HSV, Blur, MedianBlur, moves_of
 from tutelage.functional.noise import mix, uniform
 
 #: What may stand before the colon of `data.source`, and which of these come with the package.
@@ -32,7 +33,7 @@ KINDS = ("coco", "figures", "ubody", "wholebody")
 EMBEDDED = ("figures",)
 #: (height, width) of a crop where nothing is said.
 USUAL, SMALL = (256, 192), (96, 64)
-MOVE, HALF, FLIP, COLOR, ERASE = range(1, 6)  # salts: what a random choice is about
+MOVE, HALF, FLIP, COLOR, ERASE, TINT, SMEAR, MEDIAN = range(1, 9)  # salts: what a random choice is about
 HALF_LEAST = (9, 2, 3)  # visible keypoints of a person, of its upper and of its lower half, for a cut to be made
 UPPER = 0.7  # probability of the upper half
 HALF_PADDING = 1.5
@@ -108,6 +109,9 @@ class Changes:
         scale: (smallest, largest) factor on the box.
         rotate: largest turn in degrees; made with probability 0.6.
         color: strength of changes of brightness, contrast and saturation.
+        hsv: largest moves of hue (of 180), saturation and value (of 255); see `tutelage.data.photometric.HSV`.
+        blur: probability of the mean over a small square.
+        median_blur: probability of the median over a small square.
         erase: probability that a rectangle is covered.
     """
 
@@ -117,35 +121,42 @@ class Changes:
     scale: tuple[float, float] = (1.0, 1.0)
     rotate: float = 0.0
     color: float = 0.0
+    hsv: tuple[float, float, float] | None = None
+    blur: float = 0.0
+    median_blur: float = 0.0
     erase: float = 0.0
 
     SHIFTED, TURNED = 0.3, 0.6
 
     @classmethod
     def parse(cls, given: Any) -> "Changes":
-        """Read `data.augment`: null is what RTMPose trains with, `none` nothing; a list names what is done.
+        """Read `data.augment`: null is nearly what RTMPose trains with, `none` nothing; a list names what is done.
+
+        Null has `color` in the place of RTMPose's `hsv`, `blur` and `median_blur`.
 
         Raises:
             UserError: on an unknown word, or a value that makes no sense.
         """
-        usual = cls(0.5, 0.3, 0.16, (0.6, 1.4), 80.0, 0.3, 1.0)
+        usual = cls(0.5, 0.3, 0.16, (0.6, 1.4), 80.0, 0.3, moves_of(True), 0.1, 0.1, 1.0)
         if given is None:
-            return usual
+            return replace(usual, hsv=None, blur=0.0, median_blur=0.0)
         if given in ("none", [], {}):
             return cls()
         named = {given: None} if isinstance(given, str) else given
         check_words(named, [part.name for part in fields(cls)], "data.augment")
         if not isinstance(named, Mapping):
             named = dict.fromkeys(named)
-        chosen: dict[str, Any] = {w: getattr(usual, w) if named[w] in (None, True) else named[w] for w in named}
+        chosen: dict[str, Any] = {  # 1 is a number, and no word for the usual
+            w: getattr(usual, w) if value is None or value is True else value for w, value in named.items()
+        }
         found = cls(**chosen)
         low, high = found.scale if isinstance(found.scale, Sequence) and len(found.scale) == 2 else (0, 0)
         if not 0 < low <= high:
             raise UserError(f"data.augment.scale is [smallest, largest], both > 0, not {found.scale}")
-        for word in ("flip", "half_body", "erase", "color"):
+        for word in ("flip", "half_body", "erase", "color", "blur", "median_blur"):
             if not 0 <= getattr(found, word) <= 1:
                 raise UserError(f"data.augment.{word} is a number in [0, 1], not {getattr(found, word)}")
-        return replace(found, scale=(float(low), float(high)))
+        return replace(found, scale=(float(low), float(high)), hsv=moves_of(found.hsv))
 
 
 @final
@@ -471,7 +482,7 @@ def _drawn(key: int, salt: int, count: int) -> Tensor:
 
 
 def _half(points: Tensor, layout: Layout, changes: Changes, key: int) -> tuple[Tensor, Tensor] | None:
-    """Return centre and span of the upper or the lower half, or None where none is to be cut."""
+    """Return centre (the mean of its keypoints) and span of the upper or the lower half, None where none is cut."""
     if not changes.half_body or not layout.upper:
         return None
     chance, which = _drawn(key, HALF, 2).tolist()
@@ -488,7 +499,7 @@ def _half(points: Tensor, layout: Layout, changes: Changes, key: int) -> tuple[T
         return None
     chosen = halves[0 if enough[0] and (which < UPPER or not enough[1]) else 1]
     low, high = points[chosen, :2].amin(0), points[chosen, :2].amax(0)
-    return (low + high) / 2, ((high - low) * HALF_PADDING).clamp(min=1.0)
+    return points[chosen, :2].mean(0), ((high - low) * HALF_PADDING).clamp(min=1.0)
 
 
 def _moved(centre: Tensor, span: Tensor, changes: Changes, key: int) -> tuple[Tensor, Tensor, float]:
@@ -537,6 +548,12 @@ def _coloured(pixels: Tensor, changes: Changes, key: int) -> Tensor:
         image = image.mean() + draw[1] * (image - image.mean())
         grey = image.mean(0, keepdim=True)
         pixels = (grey + draw[2] * (image - grey)).round().clamp(0, 255).to(torch.uint8)
+    if changes.hsv is not None:
+        pixels = _stepped(pixels, HSV(*changes.hsv), key, TINT)
+    if changes.blur:
+        pixels = _stepped(pixels, Blur(changes.blur), key, SMEAR)
+    if changes.median_blur:
+        pixels = _stepped(pixels, MedianBlur(changes.median_blur), key, MEDIAN)
     draw = _drawn(key, ERASE, 5)
     if float(draw[0]) < changes.erase:
         height, width = pixels.shape[1:]
@@ -546,6 +563,10 @@ def _coloured(pixels: Tensor, changes: Changes, key: int) -> Tensor:
         pixels = pixels.clone()
         pixels[:, top : top + tall, left : left + wide] = 0
     return pixels
+
+
+def _stepped(pixels: Tensor, step: Step, key: int, salt: int) -> Tensor:
+    return step(pixels[None], torch.tensor([mix(key, salt)]))[0]
 
 
 # --- sources -------------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from tutelage.core.batch import Frame
 from tutelage.core.error import UserError, check_words, nearest
 from tutelage.data import masks
 from tutelage.data.annotations import Troubles
-from tutelage.data.augment import pair
+from tutelage.data.augment import Step, pair
 from tutelage.data.folder import read_image
 from tutelage.data.loader import UNREADABLE
 from tutelage.data.masks import IGNORED, Codes, Pair
+from tutelage.data.photometric import HSV, Blur, MedianBlur, moves_of
 from tutelage.data.samples import class_words, to_unit
 from tutelage.functional.noise import mix, uniform
 
@@ -34,7 +35,9 @@ EMBEDDED = ("scenes",)
 CHECKED = 2**27  # pixels: masks of a split with no more are looked at when it is read, others when their turn comes
 NUMBERED = 1000  # masks that are looked at to find out what the classes are
 LARGEST_CROP = 512  # pixels a side, where nothing is said
-SCALE, TURN, COLOUR, POINTS = 1, 2, 3, 4  # salts: what a random choice is about
+SCALE, TURN, COLOUR, POINTS, TINT, SMEAR, MEDIAN = range(1, 8)  # salts: what a random choice is about
+#: Words of `data.augment` that are numbers in [0, 1], and what they are where nothing is said but that they are done.
+SHARES = {"most": 0.75, "flip": 0.5, "color": 0.4, "blur": 0.1, "median_blur": 0.1}
 TRIES = 10  # of a crop in which no class covers too much
 
 
@@ -106,6 +109,9 @@ class Changes:
         most: largest share of a crop that one class may cover; another place is tried up to ten times.
         flip: probability of a mirror image.
         color: strength of changes of brightness, contrast and saturation, and a fifth of it of hue; in [0, 1).
+        hsv: largest moves of hue (of 180), saturation and value (of 255); see `tutelage.data.photometric.HSV`.
+        blur: probability of the mean over a small square.
+        median_blur: probability of the median over a small square.
     """
 
     scale: tuple[float, float] | None = None
@@ -113,6 +119,9 @@ class Changes:
     most: float = 1.0
     flip: float = 0.0
     color: float = 0.0
+    hsv: tuple[float, float, float] | None = None
+    blur: float = 0.0
+    median_blur: float = 0.0
 
     @classmethod
     def parse(cls, given: Any, default: "Changes") -> "Changes":
@@ -129,7 +138,7 @@ class Changes:
         named = [given] if isinstance(given, str) else given
         if isinstance(named, Sequence):
             check_words([str(word) for word in named], words, "data.augment")
-            usual = cls((0.5, 2.0), default.crop, 0.75, 0.5, 0.4)
+            usual = cls((0.5, 2.0), default.crop, 0.75, 0.5, 0.4, moves_of(True), 0.1, 0.1)
             return cls(**{word: getattr(usual, word) for word in named})
         if not isinstance(named, Mapping):
             raise UserError(f"data.augment: expected words of {', '.join(words)}, not {given!r}")
@@ -139,7 +148,8 @@ class Changes:
             found,
             scale=None if found.scale is None else _range(found.scale),
             crop=None if found.crop is None else _size(found.crop, "augment.crop"),
-            **{word: _share(getattr(found, word), word) for word in ("most", "flip", "color")},
+            hsv=moves_of(found.hsv),
+            **{word: _share(getattr(found, word), word) for word in SHARES},
         )
 
 
@@ -152,7 +162,7 @@ def _range(given: Any) -> tuple[float, float]:
 
 def _share(given: Any, word: str) -> float:
     if isinstance(given, bool):
-        return {"flip": 0.5, "color": 0.4, "most": 0.75}[word] if given else float(word == "most")
+        return SHARES[word] if given else float(word == "most")
     if not isinstance(given, (int, float)) or not 0 <= given <= 1:
         raise UserError(f"data.augment.{word} is a number in [0, 1], not {given!r}")
     return float(given)
@@ -548,7 +558,19 @@ def changed(record: Record, changes: Changes, key: int) -> Record:
         record = replace(record, image=record.image.flip(2), classes=record.classes.flip(1))
     if changes.color:
         record = replace(record, image=_coloured(record.image, changes.color, key))
+    for salt, step in _steps(changes):
+        record = replace(record, image=step(record.image[None], torch.tensor([mix(key, salt)]))[0])
     return record
+
+
+def _steps(changes: Changes) -> Iterator[tuple[int, Step]]:
+    """Yield what is done to the pixels alone, each with its salt."""
+    if changes.hsv is not None:
+        yield TINT, HSV(*changes.hsv)
+    if changes.blur:
+        yield SMEAR, Blur(changes.blur)
+    if changes.median_blur:
+        yield MEDIAN, MedianBlur(changes.median_blur)
 
 
 def _number(key: int, salt: int, *more: int) -> float:
