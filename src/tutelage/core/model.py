@@ -69,11 +69,13 @@ class Outputs:
         names: of its tensors, in order.
         plain: makes them of what the module gives, where that is more than tensors.
         batched: any number of images at a time; otherwise one.
+        ranked: rows come in the order of a score, so that those of equal scores may change places.
     """
 
     names: tuple[str, ...] = ("logits",)
     plain: Callable[[Any], Tensor | tuple[Tensor, ...]] | None = None
     batched: bool = True
+    ranked: bool = False
 
 
 def _in_short(roles: Iterable[str]) -> list[str]:

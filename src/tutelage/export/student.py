@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from tutelage.core import InputSpec, Model
 from tutelage.core.error import UserError, nearest
 
+#: What else a difference may come from, where rows come in the order of a score.
+UNLEARNED = "; rounding decides where a student that has not learned scores all places alike: train it first"
+
 
 class Exported(nn.Module):
     """A student that takes pixels in [0, 1] and normalises them itself, as a plain module.
@@ -120,18 +123,20 @@ def tensors(answer: Any) -> list[Tensor]:
     return [answer] if isinstance(answer, Tensor) else list(answer)
 
 
-def require_equal(found: Sequence[Tensor], expected: Sequence[Tensor], path: Path) -> float:
+def require_equal(found: Sequence[Tensor], expected: Sequence[Tensor], path: Path, *, ranked: bool = False) -> float:
     """Return the largest difference of two answers.
 
     Args:
         found: what the copy answers.
         expected: what the student answers.
         path: of the copy; it is removed if it answers otherwise.
+        ranked: rows come in the order of a score: those that rounding exchanged are compared all the same.
 
     Raises:
         UserError: if the difference is more than rounding explains.
     """
-    pairs = [(a.double(), b.double()) for a, b in zip(found, expected, strict=True)]
+    beside = _paired(found, expected) if ranked else zip(found, expected, strict=True)
+    pairs = [(a.double(), b.double()) for a, b in beside]
     apart = [(a - b).abs().flatten() for a, b in pairs if a.shape == b.shape]
     known = torch.cat([apart[0].new_zeros(1), *apart]) if len(apart) == len(pairs) else torch.tensor([math.inf])
     difference = known.max().item()  # of numbers with a NaN among them it is that
@@ -140,6 +145,25 @@ def require_equal(found: Sequence[Tensor], expected: Sequence[Tensor], path: Pat
         path.unlink(missing_ok=True)
         raise UserError(
             f"{path.name} answers otherwise than the student: {difference:.2g} apart at a scale of {scale:.2g}; "
-            "it was removed"
+            f"it was removed{UNLEARNED * ranked}"
         )
     return difference
+
+
+def _paired(found: Sequence[Tensor], expected: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return answers beside each other: each expected row with the found row most like it, and the other way round.
+
+    Rows are compared in everything but what is larger than a row: masks follow.
+    """
+    if any(a.shape != b.shape for a, b in zip(found, expected, strict=True)):
+        return [*zip(found, expected, strict=True)]
+    one, other = (
+        torch.cat([part.double() if part.ndim == 2 else part.double()[:, None] for part in row], dim=1)
+        for row in ([part for part in whole if part.ndim < 3] for whole in (found, expected))
+    )
+    far = torch.cdist(other, one, p=math.inf)
+    near, back = far.argmin(dim=1), far.argmin(dim=0)
+    return [
+        *((a[near], b) for a, b in zip(found, expected, strict=True)),
+        *((a, b[back]) for a, b in zip(found, expected, strict=True)),
+    ]

@@ -70,7 +70,9 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
         input=_input(pixels, given.get("input")),
         class_names=names,
         source={"num_classes": count},
-        outputs=Outputs(("boxes", "scores", "labels", *(["masks"] if _masks(module) else [])), exported, batched=False),
+        outputs=Outputs(
+            ("boxes", "scores", "labels", *(["masks"] if _masks(module) else [])), exported, batched=False, ranked=True
+        ),
     )
 
 

@@ -90,6 +90,3 @@ def test_what_cannot_be() -> None:
     said = "cascade_mask_rcnn learns masks, and the data gives none: set data.detection.masks to true"
     with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
         model(pixels).losses([{name: targets[0][name] for name in ("boxes", "labels")}])
-    said = "a cascade is not exported: distill it into a detector with one head, such as faster_rcnn"
-    with pytest.raises(UserError, match=f"^{re.escape(said)}$"):
-        model(pixels).exported()

@@ -20,9 +20,9 @@ from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
 
 from tutelage.core import Tap
 from tutelage.core.error import UserError
-from tutelage.models.detectors.dense import Targets
+from tutelage.models.detectors.dense import Targets, clipped, decode
 from tutelage.models.detectors.faster_rcnn import Answers as Proposed
-from tutelage.models.detectors.faster_rcnn import FasterRCNN
+from tutelage.models.detectors.faster_rcnn import FasterRCNN, masks_of
 
 OVERLAPS = (0.5, 0.6, 0.7)  # from which a region learns a box, of each head
 CODES = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
@@ -128,12 +128,27 @@ class Answers:
         return rows
 
     def exported(self) -> tuple[Tensor, ...]:
-        """Refuse.
+        """Return boxes, scores, labels and perhaps masks of the first image, in tensors of one size.
 
-        Raises:
-            UserError: always.
+        Returns:
+            `[most, 4]`, `[most]`, `[most]`, and `[most, 28, 28]` shares of each box; rows with score 0 are for nothing.
         """
-        raise UserError("a cascade is not exported: distill it into a detector with one head, such as faster_rcnn")
+        regions, there = self.proposed.regions()
+        said = []
+        for heads in self.heads:
+            logits, codes = heads.box_predictor(heads.box_head(self.proposed.read(heads.box_roi_pool, regions)))
+            said.append(logits.softmax(dim=1))
+            boxes = decode(codes[:, :4], regions, heads.box_coder.weights)
+            regions = clipped(boxes[None], self.proposed.image_size[:1])[0]
+        last, mean = self.heads[-1], torch.stack(said).mean(dim=0)
+        told = self.proposed.settle(last, mean, boxes[:, None].expand(-1, mean.shape[1], -1), there)
+        if not last.has_mask():
+            return told
+        read = [
+            heads.mask_predictor(heads.mask_head(self.proposed.read(heads.mask_roi_pool, told[0]))).sigmoid()
+            for heads in self.heads
+        ]
+        return *told, masks_of(torch.stack(read).mean(dim=0), told[2])
 
     def _sizes(self) -> list[tuple[int, int]]:
         return [(int(height), int(width)) for height, width in self.proposed.image_size.tolist()]
@@ -203,6 +218,7 @@ class CascadeRCNN(nn.Module):
         }
         self.first = FasterRCNN(num_classes, most=most, **shared, **options)
         self.num_classes = num_classes
+        self.tells_masks = masks
         self.first.roi_heads.box_predictor = Predictor(head_width, num_classes + 1)
         width = self.first.backbone.width
         names = [str(number) for number in range(len(self.first.backbone.places))]

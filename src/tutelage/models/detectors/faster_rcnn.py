@@ -133,12 +133,22 @@ class Answers:
     def exported(self) -> tuple[Tensor, ...]:
         """Return boxes, scores, labels and perhaps masks of the first image, in tensors of one size.
 
-        Regions are read from every level, of which the right one is kept: so nothing depends on what is seen.
-
         Returns:
             `[most, 4]`, `[most]`, `[most]`, and `[most, 28, 28]` shares of each box; rows with score 0 are for nothing.
         """
-        rpn, heads = self.net.rpn, self.net.roi_heads
+        heads = self.net.roi_heads
+        regions, there = self.regions()
+        logits, boxes = heads.box_predictor(heads.box_head(self.read(heads.box_roi_pool, regions)))
+        boxes = decode(boxes.view(len(regions), -1, 4), regions[:, None], heads.box_coder.weights)
+        told = self.settle(heads, logits.softmax(dim=1), boxes, there)
+        if not heads.has_mask():
+            return told
+        masks = heads.mask_predictor(heads.mask_head(self.read(heads.mask_roi_pool, told[0])))
+        return *told, masks_of(masks.sigmoid(), told[2])
+
+    def regions(self) -> tuple[Tensor, Tensor]:
+        """Return the proposals of the first image, `[N, 4]`, and their scores: those of 0 stand for nothing."""
+        rpn = self.net.rpn
         images = ImageList(self.maps[0].new_zeros(1, 1, *self.size), [self.size])
         [anchors] = rpn.anchor_generator(images, self.maps)
         counts = [one.shape[1] * one.shape[2] * one.shape[3] for one in self.objectness]
@@ -153,25 +163,30 @@ class Answers:
             start += count
         whole = (torch.cat(rows) for rows in zip(*found, strict=True))
         regions, there, _ = settled(*whole, iou=rpn.nms_thresh, most=rpn._post_nms_top_n["testing"])
-        logits, boxes = heads.box_predictor(heads.box_head(self._read(heads.box_roi_pool, regions)))
-        classes = logits.shape[1]
-        boxes = decode(boxes.view(-1, classes, 4), regions[:, None], heads.box_coder.weights)
+        return regions, there
+
+    def settle(self, heads: RoIHeads, chance: Tensor, boxes: Tensor, there: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what heads find in the regions of the first image: boxes, scores and labels of one size.
+
+        Args:
+            heads: say how many, and what goes.
+            chance: `[N, K + 1]`, the first for nothing.
+            boxes: `[N, K + 1, 4]`.
+            there: `[N]`, 0 where a region stands for nothing.
+        """
+        classes = chance.shape[1] - 1
         boxes = clipped(boxes[:, 1:].reshape(1, -1, 4), self.image_size[:1])[0]
-        chance = logits.softmax(dim=1)[:, 1:] * (there > 0)[:, None]
+        chance = chance[:, 1:] * (there > 0)[:, None]
         large = ((boxes[:, 2:] - boxes[:, :2]) >= SMALLEST).all(dim=1)
         best, place, labels = top(chance[None], MOST, heads.score_thresh)
-        box = place[0] * (classes - 1) + labels[0]
-        told = settled(boxes[box], best[0] * large[box], labels[0], iou=heads.nms_thresh, most=heads.detections_per_img)
-        if not heads.has_mask():
-            return told
-        masks = heads.mask_predictor(heads.mask_head(self._read(heads.mask_roi_pool, told[0])))
-        return (
-            *told,
-            masks.gather(1, (told[2] + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0].sigmoid(),
-        )
+        box = place[0] * classes + labels[0]
+        return settled(boxes[box], best[0] * large[box], labels[0], iou=heads.nms_thresh, most=heads.detections_per_img)
 
-    def _read(self, pool: MultiScaleRoIAlign, regions: Tensor) -> Tensor:
-        """Return what is read of each region of the first image, at the level of its size."""
+    def read(self, pool: MultiScaleRoIAlign, regions: Tensor) -> Tensor:
+        """Return what is read of each region of the first image, at the level of its size.
+
+        Regions are read from every level, of which the right one is kept: so nothing depends on what is seen.
+        """
         area = (regions[:, 2:] - regions[:, :2]).prod(dim=1)
         scales = [2.0 ** round(math.log2(one.shape[-2] / self.size[0])) for one in self.maps[: len(pool.featmap_names)]]
         lowest, highest = (-round(math.log2(scale)) for scale in (scales[0], scales[-1]))
@@ -198,6 +213,11 @@ class Answers:
         heads = self.net.roi_heads
         logits: Tensor = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(self._features(), regions, sizes)))
         return logits.float()
+
+
+def masks_of(masks: Tensor, labels: Tensor) -> Tensor:
+    """Return of `[N, K + 1, h, w]` masks, the first for nothing, those `[N, h, w]` of labels `[N]`."""
+    return masks.gather(1, (labels + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0]
 
 
 def _pairs(image_size: Tensor) -> list[tuple[int, int]]:
