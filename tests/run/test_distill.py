@@ -121,6 +121,13 @@ def test_every_setting_of_the_loop_arrives() -> None:
     assert loop.distiller.facts.steps_per_epoch == 4
 
 
+@pytest.mark.parametrize(("ramp", "expected"), [(None, None), ("0 steps", None), ("7 steps", 7), ("0.5 epochs", 6)])
+def test_the_ramp_of_the_average_is_counted_in_optimizer_steps(ramp: str | None, expected: float | None) -> None:
+    average = assemble(tiny(train={"ema": {"decay": 0.9, "ramp": ramp}})).loop(Log(None, quiet=True)).average
+    assert average is not None
+    assert (average.decay, average.ramp) == (0.9, expected)
+
+
 @pytest.mark.parametrize(("steps", "asked", "expected"), [(4, 50, 1), (60, 50, 3), (100, 50, 50), (4, 2, 2), (3, 2, 1)])
 def test_a_short_run_has_more_than_one_line(steps: int, asked: int, expected: int) -> None:
     made = assemble(tiny(train={"steps": steps, "log_every": asked}))

@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -20,16 +22,36 @@ def test_follows_the_recursion_it_states() -> None:
     for step in range(5):
         with torch.no_grad():
             student.linear.weight.add_(step + 1.0)
-        average.update()
+        average.update(step)
         expected = 0.9 * expected + 0.1 * student.linear.weight.detach().double()
     assert average.weights["linear.weight"].double() == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_ramp_follows_the_recursion_of_the_published_code() -> None:
+    """Momentum (1 - m) exp(-(1 + t) / gamma) + m, of which the first update is a copy."""
+    student = Network()
+    average = Average(student, decay=0.9, ramp=3.0)
+    expected: list[float] = []
+    for step in range(12):
+        with torch.no_grad():
+            student.linear.weight.add_(step + 1.0)
+        average.update(step)
+        momentum = (1 - 0.1) * math.exp(-(1 + step) / 3.0) + 0.1
+        weights = student.linear.weight.detach().double().flatten().tolist()
+        if step == 0:
+            expected = weights
+        expected = [(1 - momentum) * old + momentum * new for old, new in zip(expected, weights, strict=True)]
+        assert average.weights["linear.weight"].flatten().tolist() == pytest.approx(expected, abs=1e-4)
+    shares = [average.share(step) for step in range(200)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == pytest.approx(0.1)
 
 
 def test_buffers_are_averaged_where_they_float_and_copied_where_they_count() -> None:
     student = Network()
     average = Average(student, decay=0.5)
     student.norm(torch.randn(4, 3) + 8)
-    average.update()
+    average.update(0)
     assert student.norm.running_mean is not None
     assert torch.allclose(average.weights["norm.running_mean"], student.norm.running_mean / 2)
     assert int(average.weights["norm.num_batches_tracked"]) == 1

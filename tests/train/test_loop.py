@@ -383,7 +383,7 @@ def test_an_average_is_watched_too(tmp_path: Path) -> None:
     assert loop.average is not None
     loop.average.weights["0.weight"][0] = 3e38
     loop.begin()
-    loop.average.update()
+    loop.average.update(0)
     loop.average.weights["0.weight"][0] *= 10
     loop.never_finite = set()
     with pytest.raises(DivergedError, match=r"average 0\.weight is not finite at step 0"):

@@ -15,6 +15,7 @@ from torch import nn
 
 from tutelage.core import Batch, Distiller, Live, Model, Rebuild, Task, Teacher, ranks
 from tutelage.core.error import UserError, nearest
+from tutelage.core.schedule import Span
 from tutelage.core.task import DENSE
 from tutelage.data.load import Splits
 from tutelage.data.load import load as load_data
@@ -94,11 +95,18 @@ class Assembled:
             runtime=self.runtime,
             accumulate=settings.accumulate,
             clip=settings.clip,
-            average=Average(self.distiller.student, settings.ema) if settings.ema is not None else None,
+            average=self._average(),
             log=log,
             log_every=self._log_every(settings.log_every),
             **{"batches": self.data.train, **more},
         )
+
+    def _average(self) -> Average | None:
+        ema = self.recipe.train.ema
+        if ema is None:
+            return None
+        ramp = Span.parse(ema.ramp).steps(self.steps_per_epoch) if ema.ramp else 0.0
+        return Average(self.distiller.student, ema.decay, ramp or None)
 
     def _log_every(self, asked: int) -> int:
         """Return the steps between log lines: a run that would have one alone has more."""

@@ -161,6 +161,21 @@ class OptimizerSection(Open):
     decay_norms: bool = False
 
 
+class EmaSection(Section):
+    """The average of the weights: `ema: 0.999` is short for its decay.
+
+    With `ramp` the average follows the weights closely at first, and has its full length after a few ramps.
+    """
+
+    decay: float = Field(ge=0, lt=1)
+    ramp: Length | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short(cls, given: Any) -> Any:
+        return {"decay": given} if isinstance(given, (int, float)) else given
+
+
 class TrainSection(Section):
     """The loop."""
 
@@ -175,7 +190,7 @@ class TrainSection(Section):
     accumulate: int = Field(1, ge=1)
     clip: float | None = Field(None, gt=0)
     precision: Literal["float32", "bf16", "fp16"] = "float32"
-    ema: float | None = Field(None, ge=0, lt=1)
+    ema: EmaSection | None = None
     compile: bool = False
     device: str | None = None
     seed: int = 0

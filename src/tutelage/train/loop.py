@@ -154,7 +154,7 @@ class Loop:
         self._note(losses, norm, step)
         self.distiller.after_step(*losses)
         if self.average is not None:
-            self.average.update()
+            self.average.update(step)
         return losses
 
     def _set_rates(self, step: int) -> None:
