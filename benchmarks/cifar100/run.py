@@ -27,14 +27,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from mosaics import write as write_mosaics
 
 from tutelage import methods
-from tutelage.core.error import UserError
 from tutelage.report.environment import environment
 from tutelage.run.compare import Compared, baselines, compare, with_objective
-from tutelage.run.distill import rehearse
 from tutelage.run.folder import RunFolder
 from tutelage.run.objective import of_methods
 from tutelage.run.recipe import Recipe, load, parse
-from tutelage.train.runtime import Runtime
 
 HOME = Path(__file__).parent
 PROTOCOL = 240  # epochs
@@ -93,17 +90,11 @@ def scaled(value: Any, factor: float) -> Any:
 
 
 def arms(recipe: Recipe, stems: tuple[str, ...]) -> dict[str, Recipe]:
-    """Return the baselines and one arm a method with the weights of its paper; one that does not fit is named."""
+    """Return the baselines and one arm a method with the weights of its paper."""
     assert recipe.train.epochs is not None
-    found = baselines(recipe)
-    for stem in stems:
-        try:
-            one = with_objective(recipe, scaled(of_methods(stem), recipe.train.epochs / PROTOCOL))
-            rehearse(one, Runtime(recipe.train.device, recipe.train.precision))
-            found[stem] = one
-        except UserError as error:
-            print(f"{stem} is left out: {error}")
-    return found
+    factor = recipe.train.epochs / PROTOCOL
+    found = {stem: with_objective(recipe, scaled(of_methods(stem), factor)) for stem in stems}
+    return baselines(recipe) | found
 
 
 def every_method() -> tuple[str, ...]:
@@ -145,8 +136,7 @@ def save(done: Mapping[str, Compared], recipes: Mapping[str, Recipe], *, full: b
             rows = "\n".join(f"| {arm} | {100 * value:.2f} |" for arm, value in highest.items())
             parts.append("Best epoch on the test set, for tables that print it:")
             parts.append(f"| method | best epoch (%) |\n| :-- | --: |\n{rows}")
-        verdict = compared.comparison.verdict
-        parts.append(" ".join((verdict.sentence, *verdict.details)))
+        parts.append(" ".join((compared.verdict.sentence, *compared.verdict.details)))
     (HOME / f"{name}.md").write_text("\n\n".join(parts) + "\n")
 
 
@@ -169,7 +159,7 @@ def main() -> None:
     for pair, recipe in chosen.items():
         for count in range(1, len(SEEDS) + 1):
             place = asked.out / ("full" if asked.full else "cut") / pair
-            done[pair] = compare(recipe, SEEDS[:count], place, title=f"{pair}, CIFAR-100", say=print)
+            done[pair] = compare(recipe, SEEDS[:count], place, title=f"{pair}, CIFAR-100", lenient=True, say=print)
             save(done, recipes, full=asked.full)
 
 

@@ -41,7 +41,7 @@ def test_the_student_alone_is_always_among_them(capsys: CAPSYS) -> None:
 
 def test_labels_are_smoothed_where_the_task_can() -> None:
     for name, smoothed in (("kd/demo", True), ("skd/demo", True), ("pkd/demo", False), ("dwpose/demo", False)):
-        arms, _ = asked([name], None, None, [])
+        (arms,) = asked([name], None, None, [])[0].values()
         assert ("label smoothing" in arms) == smoothed, name
         assert next(iter(arms)) == "alone"
 
@@ -82,6 +82,32 @@ def test_a_fault_of_one_arm_shows_before_any_trains(capsys: CAPSYS) -> None:
     assert told.err[0].startswith("tutelage: arm 'mgd': ")
     assert "Flat has no role 'map'" in told.err[0]
     assert not Path("all").exists()
+
+
+def test_methods_over_pairs_make_a_grid(capsys: CAPSYS) -> None:
+    printed = {"kd": {"top1": 70.7}}
+    path = recipe({"train.steps": 2}, "round.yaml", expected=printed)
+    flat = recipe({"train.steps": 2}, "flat.yaml", expected=printed, student={"model": "python:model.py:flat"})
+    told = tutelage(capsys, "compare", path, flat, "--methods", "kd,mgd", "--seeds", "0,1", "--out", "all")
+    assert told.code == 0
+    rows = [tuple(line.split()[:2]) for line in told.out if line.split()[:1] in (["round"], ["flat"])]
+    assert rows[:7] == [
+        *(("round", arm) for arm in ("alone", "label", "kd", "mgd")),
+        *(("flat", arm) for arm in ("alone", "label", "kd")),
+    ]
+    assert "mgd does not fit flat: student (objective: mgd): Flat has no role 'map'" in " ".join(told.out)
+    found = {pair: json.loads(Path(f"all/{pair}/comparison.json").read_text()) for pair in ("round", "flat")}
+    assert list(found["round"]["scores"]) == ["alone", "label smoothing", "kd", "mgd"]
+    assert (list(found["flat"]["left_out"]), found["round"]["left_out"]) == (["mgd"], {})
+    assert found["flat"]["published"]["kd"] == pytest.approx(0.707)
+    first = Path("all/report.html").read_text()
+    Path("all/report.html").unlink()
+    assert tutelage(capsys, "report", "all").out == ["all/report.html"]
+    assert re.sub(r"\d", "0", Path("all/report.html").read_text()) == re.sub(r"\d", "0", first)
+    assert [*tutelage(capsys, "report", "all", "--json").document["pairs"]] == ["round", "flat"]
+    assert sum("| kd " in line for line in tutelage(capsys, "report", "all", "--to", "markdown").out) == 2
+    Path("all/grid.json").write_text("{}")
+    assert tutelage(capsys, "report", "all").err[0].startswith("tutelage: all/grid.json is damaged ('pairs')")
 
 
 @pytest.mark.parametrize(("seeds", "said"), [("a", "--seeds takes numbers"), ("0,x", "--seeds takes numbers")])

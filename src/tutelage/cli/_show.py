@@ -65,9 +65,9 @@ def tables_text(tables: Iterable[Any]) -> None:
 
 
 def compared_text(compared: Any) -> None:
-    """Print the tables and the verdict of a comparison."""
+    """Print the tables and the verdict of a comparison, or of a grid of them."""
     tables_text(compared.tables)
-    verdict = compared.comparison.verdict
+    verdict = compared.verdict
     screen = console()
     for line in (verdict.sentence, *verdict.details):
         screen.print(line)

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tutelage.report.measure import Measures
 from tutelage.report.measure import table as cost_table
 from tutelage.report.metric import Metric
 from tutelage.report.table import Table
+from tutelage.report.verdict import Verdict
 from tutelage.run.assemble import INIT, task_class, task_of, teacher_of
 from tutelage.run.distill import Result, distill, distilling, rehearse, teacher_recipe
 from tutelage.run.folder import RunFolder
@@ -48,6 +49,7 @@ class Compared:
         measures: of the teacher and of each arm's student.
         runs: folders by arm and seed.
         folder: of all of them.
+        left_out: why an arm could not run, by name.
     """
 
     title: str
@@ -55,16 +57,22 @@ class Compared:
     measures: Mapping[str, Measures]
     runs: Mapping[str, Mapping[int, Path]]
     folder: Path
+    left_out: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tables(self) -> tuple[Table, Table]:
         """What is printed and reported: scores, then size and speed."""
         return self.comparison.table(self.title), cost_table(self.measures)
 
+    @property
+    def verdict(self) -> Verdict:
+        """What the differences allow to be said."""
+        return self.comparison.verdict
+
     def markdown(self) -> str:
         """Return the tables and the verdict as Markdown."""
-        verdict = self.comparison.verdict
-        return "\n\n".join((*(one.markdown() for one in self.tables), " ".join((verdict.sentence, *verdict.details))))
+        said = " ".join((self.verdict.sentence, *self.verdict.details))
+        return "\n\n".join((*(one.markdown() for one in self.tables), said))
 
     def plain(self) -> dict[str, Any]:
         """Return the comparison as plain data."""
@@ -80,8 +88,9 @@ class Compared:
             },
             "differences": {arm: vars(pairs) for arm, pairs in found.pairs.items()},
             "measures": {name: one.plain() for name, one in self.measures.items()},
-            "verdict": found.verdict.sentence,
+            "verdict": self.verdict.sentence,
             "runs": {arm: {str(seed): path.name for seed, path in runs.items()} for arm, runs in self.runs.items()},
+            "left_out": dict(self.left_out),
         }
 
     @classmethod
@@ -99,7 +108,7 @@ class Compared:
             measures = {name: Measures(**one) for name, one in found["measures"].items()}
             metric, baseline = Metric.of(found["metric"]), found["baseline"]
             comparison = Comparison(metric, scores, baseline, found["teacher"], published=found["published"])
-            return cls(found["title"], comparison, measures, runs, folder)
+            return cls(found["title"], comparison, measures, runs, folder, found["left_out"])
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -114,6 +123,7 @@ def compare(
     title: str,
     quiet: bool = False,
     apart: bool = False,
+    lenient: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> Compared:
     """Run every arm with every seed; finished runs are not run again.
@@ -128,6 +138,7 @@ def compare(
         title: of the report.
         quiet: show no progress.
         apart: run one arm after another: slower, in the memory of one student.
+        lenient: leave an arm out that does not fit its teacher and student, and say why.
         say: told what has run.
 
     Raises:
@@ -135,14 +146,18 @@ def compare(
     """
     if len(arms) < 2 or not seeds:
         raise UserError("a comparison needs at least two arms and one seed")
-    arms = dict(arms)
-    for name in arms:
+    baseline, arms, left_out = next(iter(arms)), dict(arms), dict[str, str]()
+    for name in tuple(arms):
         try:
             recipe = arms[name] = resolve(arms[name])
             if not (folder / f"{_stem(name)}-{seeds[0]}").exists():  # every arm is valid before one trains
                 rehearse(recipe, Runtime(recipe.train.device, recipe.train.precision))
         except UserError as error:
-            raise UserError(f"arm {name!r}: {error}") from error
+            if not lenient or name == baseline:
+                raise UserError(f"arm {name!r}: {error}") from error
+            left_out[name] = str(error)
+            del arms[name]
+            say(f"{name} is left out: {error}")
     metric = Metric.of(task_of(next(iter(arms.values())).task, num_classes=2, class_names=()).headline)
     teachers: dict[str, Path] = {}
     measures: dict[str, Measures] = {}
@@ -182,6 +197,7 @@ def compare(
         measures,
         {name: {seed: r.folder.path for seed, r in runs.items()} for name, runs in results.items()},
         folder,
+        left_out,
     )
     write_text(folder / COMPARISON, json.dumps(compared.plain(), indent=2) + "\n")
     comparison_page(compared, arms)
@@ -333,26 +349,42 @@ def with_objective(recipe: Recipe, objective: Mapping[str, Any]) -> Recipe:
 
 def asked(
     names: Sequence[str], methods_text: str | None, seeds_text: str | None, sets: Sequence[str]
-) -> tuple[dict[str, Recipe], tuple[int, ...]]:
-    """Return the arms and seeds that a command line stands for; the baselines come first.
+) -> tuple[dict[str, dict[str, Recipe]], tuple[int, ...]]:
+    """Return the arms of each comparison that a command line stands for, by its name, and the seeds.
+
+    Methods are tried on every recipe; recipes without methods are arms of one comparison. Baselines come first.
 
     Raises:
         UserError: on a seed that is no number, or an unknown recipe or method.
     """
     found = {name: load(name, sets) for name in names}
     first = next(iter(found.values()))
-    arms = baselines(first)
+    titles = {name: _title(name) for name in found}
+    if len(set(titles.values())) < len(titles):
+        titles = {name: name for name in found}
     if methods_text is not None:
         stems = [text.strip() for text in methods_text.split(",") if text.strip()]
-        arms |= {stem: with_objective(first, of_methods(stem)) for stem in stems}
+        objectives = {stem: of_methods(stem) for stem in stems}
+        grid = {
+            titles[name]: baselines(recipe) | {stem: with_objective(recipe, o) for stem, o in objectives.items()}
+            for name, recipe in found.items()
+        }
     else:
+        arms = baselines(first)
         for name, recipe in found.items():
             arms |= arms_of(recipe) if recipe.compare else {Path(name).stem: recipe}
+        grid = {titles[names[0]]: arms}
     try:
         seeds = tuple(int(seed) for seed in seeds_text.split(",")) if seeds_text else ()
     except ValueError:
         raise UserError(f"--seeds takes numbers such as 0,1,2, not {seeds_text!r}") from None
-    return arms, seeds or (first.compare.seeds if first.compare else (0, 1, 2, 3, 4))
+    return grid, seeds or (first.compare.seeds if first.compare else (0, 1, 2, 3, 4))
+
+
+def _title(name: str) -> str:
+    """Return what a recipe is called; that of a run after its folder."""
+    path = Path(name)
+    return path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
 
 
 def _stem(name: str) -> str:

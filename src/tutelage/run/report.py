@@ -9,7 +9,9 @@ from tutelage.core.error import UserError, nearest
 from tutelage.report.table import Table
 from tutelage.run.compare import COMPARISON, Compared
 from tutelage.run.folder import RunFolder
+from tutelage.run.grid import GRID, Grid
 from tutelage.run.page import comparison_page, run_page, run_tables
+from tutelage.run.recipe import Recipe
 
 FORMS = ("html", "latex", "markdown")
 
@@ -40,20 +42,26 @@ class Report:
 
 
 def report(folder: Path, *, write: bool = True) -> Report:
-    """Return what a run or a comparison has to tell.
+    """Return what a run, a comparison or a grid of comparisons has to tell.
 
     Args:
-        folder: of either.
-        write: the page again.
+        folder: of any of them.
+        write: the page again; of a grid, those of its comparisons too.
 
     Raises:
-        UserError: if it holds neither a finished run nor a comparison.
+        UserError: if it holds none that is finished.
     """
+    if (folder / GRID).is_file():
+        found = Grid.read(folder)
+        if write:
+            for one in found.compared.values():
+                comparison_page(one, _arms(one))
+            found.page({pair: _arms(one) for pair, one in found.compared.items()})
+        return Report(found.tables, found.plain(), folder / "report.html")
     if (folder / COMPARISON).is_file():
         compared = Compared.read(folder)
         if write:
-            first = {arm: RunFolder(next(iter(runs.values()))) for arm, runs in compared.runs.items()}
-            comparison_page(compared, {arm: home.recipe() for arm, home in first.items()})
+            comparison_page(compared, _arms(compared))
         return Report(compared.tables, compared.plain(), folder / "report.html")
     home = RunFolder(folder)
     result = home.result()
@@ -66,3 +74,8 @@ def report(folder: Path, *, write: bool = True) -> Report:
     except (KeyError, TypeError) as error:
         raise UserError(f"{home.result_path} is damaged ({error}); give the command of the run again") from error
     return Report(tables, result, home.report)
+
+
+def _arms(compared: Compared) -> dict[str, Recipe]:
+    """Return the recipe of each arm, as its first run kept it."""
+    return {arm: RunFolder(next(iter(runs.values()))).recipe() for arm, runs in compared.runs.items()}
