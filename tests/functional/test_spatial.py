@@ -10,7 +10,9 @@ from tutelage.functional.spatial import (
     class_maps,
     hierarchical_distance,
     match,
+    match_kept,
     mean_square,
+    pooled,
     small_labels,
     taking_part,
 )
@@ -110,6 +112,58 @@ def test_the_mean_square_of_nothing_is_a_connected_zero() -> None:
     nothing = torch.zeros(0, 3, requires_grad=True)
     assert mean_square(nothing) == 0
     assert torch.autograd.grad(mean_square(nothing), nothing)[0].shape == (0, 3)
+
+
+# places that are kept
+
+
+def test_cells_are_the_means_of_their_kept_places() -> None:
+    values = torch.randn(2, 3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    keep = torch.rand(2, 5, 7, generator=torch.Generator().manual_seed(6)) < 0.4
+    keep[1, :3, :4] = False
+    found, cells = pooled(values, (2, 3), keep)
+    assert cells is not None
+    assert not cells.all()
+    for b, i, j in np.ndindex(2, 2, 3):
+        rows = slice(i * 5 // 2, -(-(i + 1) * 5 // 2))
+        columns = slice(j * 7 // 3, -(-(j + 1) * 7 // 3))
+        inside = values[b][:, rows, columns][:, keep[b][rows, columns]]
+        assert cells[b, i, j] == (inside.shape[1] > 0)
+        torch.testing.assert_close(found[b, :, i, j], inside.mean(1) if inside.shape[1] else torch.zeros(3).double())
+
+
+def test_scales_of_kept_places_by_hand() -> None:
+    student, teacher = torch.randn(2, 3, 2, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    keep = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(8)) < 0.1
+    keep[1] = True
+    total = 0.0
+    for turn, side in enumerate((8, 4, 2, 1)):
+        step, images = 8 // side, []
+        for b in range(3):
+            squares = []
+            for i, j in np.ndindex(side, side):
+                spot = (slice(i * step, (i + 1) * step), slice(j * step, (j + 1) * step))
+                inside = keep[b][spot]
+                if inside.any():
+                    apart = (student - teacher)[b][:, *spot][:, inside].mean(1)
+                    squares.append(float(apart.square().mean()))
+            images.append(np.mean(squares))
+        total += 2.0**-turn * float(np.mean(images))
+    found = hierarchical_distance(student, teacher, keep)
+    assert found.item() == pytest.approx(total / 1.875, rel=1e-12)
+
+
+def test_only_kept_places_of_the_larger_map_are_averaged_and_compared() -> None:
+    large, small = torch.arange(8.0).view(1, 1, 2, 4), torch.zeros(1, 1, 1, 2)
+    keep = torch.tensor([[[True, False, False, False], [True, False, False, False]]])
+    every = torch.ones(1, 1, 2, dtype=torch.bool)
+    for swapped in (False, True):
+        sides = (small, large, every, keep) if swapped else (large, small, keep, every)
+        one, other, places = match_kept(*sides)
+        mean = other if swapped else one
+        assert mean.flatten()[0] == 2
+        assert places is not None
+        assert places.tolist() == [[[True, False]]]
 
 
 # labels at the size of a map

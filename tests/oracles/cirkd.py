@@ -81,8 +81,10 @@ def minibatch(student_features: Array, teacher_features: Array, tau: float = 0.1
     return float(total / samples**2)
 
 
-def project(features: Array, weights: Mapping[str, Array], eps: float = 1e-5) -> Array:
-    """Return the student's projection; keys 0.weight, 1.{weight,bias} (batch statistics), 3.weight."""
+def project(
+    features: Array, weights: Mapping[str, Array], keep: npt.NDArray[np.bool_] | None = None, eps: float = 1e-5
+) -> Array:
+    """Return the student's projection; keys 0.weight, 1.{weight,bias} (batch statistics, of kept cells), 3.weight."""
     samples, channels, height, width = features.shape
     cells = [(n, h, w) for n in range(samples) for h in range(height) for w in range(width)]
     first, last = weights["0.weight"], weights["3.weight"]
@@ -95,8 +97,9 @@ def project(features: Array, weights: Mapping[str, Array], eps: float = 1e-5) ->
             ]
         )
     for o in range(first.shape[0]):
-        mean = math.fsum(row[o] for row in hidden) / len(hidden)
-        variance = math.fsum((row[o] - mean) ** 2 for row in hidden) / len(hidden)
+        counted = [row[o] for cell, row in zip(cells, hidden, strict=True) if keep is None or keep[cell]]
+        mean = math.fsum(counted) / len(counted)
+        variance = math.fsum((one - mean) ** 2 for one in counted) / len(counted)
         for row in hidden:
             normal = (row[o] - mean) / math.sqrt(variance + eps)
             row[o] = max(normal * float(weights["1.weight"][o]) + float(weights["1.bias"][o]), 0.0)

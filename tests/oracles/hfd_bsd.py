@@ -28,26 +28,31 @@ def _log_softmax(values: list[float]) -> list[float]:
     return [v - lse for v in values]
 
 
-def _averaged(x: Array, height: int, width: int) -> Array:
-    out = np.zeros((*x.shape[:2], height, width))
-    for i in range(height):
-        for j in range(width):
-            rows = slice(i * x.shape[2] // height, -(-(i + 1) * x.shape[2] // height))
-            columns = slice(j * x.shape[3] // width, -(-(j + 1) * x.shape[3] // width))
-            out[:, :, i, j] = x[:, :, rows, columns].mean((2, 3))
+def _averaged(x: Array, height: int, width: int, target: Labels) -> Array:
+    """Return the means over cells of the places that take part, no number where there are none."""
+    out = np.full((*x.shape[:2], height, width), np.nan)
+    for n, i, j in np.ndindex(len(x), height, width):
+        rows = range(i * x.shape[2] // height, -(-(i + 1) * x.shape[2] // height))
+        columns = range(j * x.shape[3] // width, -(-(j + 1) * x.shape[3] // width))
+        size = (x.shape[2], x.shape[3])
+        places = [(r, c) for r in rows for c in columns if takes_part(target[n], r, c, size)]
+        if places:
+            out[n, :, i, j] = sum(x[n, :, r, c] for r, c in places) / len(places)
     return out
 
 
 def low(own: Array, peer: Array, target: Labels) -> float:
     if own.shape[2:] > peer.shape[2:]:
-        own = _averaged(own, *peer.shape[2:])
+        own = _averaged(own, peer.shape[2], peer.shape[3], target)
     elif own.shape[2:] < peer.shape[2:]:
-        peer = _averaged(peer, *own.shape[2:])
+        peer = _averaged(peer, own.shape[2], own.shape[3], target)
     total = 0.0
     for n in range(len(own)):
         size = (own.shape[2], own.shape[3])
-        places = [(i, j) for i, j in np.ndindex(*size) if takes_part(target[n], i, j, size)]
-        total += math.fsum(float(((own[n, :, i, j] - peer[n, :, i, j]) ** 2).mean()) for i, j in places) / len(places)
+        there = ~np.isnan(own[n] + peer[n]).any(0)
+        places = [(i, j) for i, j in np.ndindex(*size) if takes_part(target[n], i, j, size) and there[i, j]]
+        apart = (float(((own[n, :, i, j] - peer[n, :, i, j]) ** 2).mean()) for i, j in places)
+        total += math.fsum(apart) / max(len(places), 1)
     return total / len(own)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tutelage.core.batch import Batch, Facts
 from tutelage.core.card import Averages
 from tutelage.core.error import UserError
+from tutelage.core.ignored import blanked
 from tutelage.core.schedule import Schedule
 from tutelage.core.signals import Signals
 from tutelage.core.tap import Tap, expand
@@ -137,6 +138,8 @@ class Objective(nn.Module):
     ) -> tuple[dict[str, Tensor], Mapping[str, Tensor]]:
         """Return one term's parts, each a mean over its own denominator, and what it keeps."""
         term = self.entries[label].term
+        if not term.knows_ignored:
+            student, teacher = blanked(student, batch), teacher and blanked(teacher, batch)
         draws = term.draw(student, teacher, batch, Draw(self.facts.seed, step, label))
         given = self.terms[label](student, teacher, batch, *(() if draws is None else (draws,)))
         if isinstance(given, Tensor):

@@ -65,6 +65,9 @@ class Term(nn.Module):
     creates all its layers and buffers; called at every step; told to `commit` after the optimizer's.
     """
 
+    #: Whether the term itself leaves out, or learns from, places of ignored pixels. Any other is given zeros there.
+    knows_ignored = False
+
     @property
     def card(self) -> Card | None:
         """The card of the file the class stands in; a term of one's own may do without."""

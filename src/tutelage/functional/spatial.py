@@ -24,12 +24,77 @@ def match(student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
         >>> one.shape, two.shape
         (torch.Size([1, 1, 2, 2]), torch.Size([1, 3, 2, 2]))
     """
+    student, teacher, _ = match_kept(student_map, teacher_map, None, None)
+    return student, teacher
+
+
+def match_kept(
+    student_map: Tensor, teacher_map: Tensor, student_keep: Tensor | None, teacher_keep: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return both maps at the size of the lower one, and which places are compared.
+
+    Args:
+        student_map: `[B, C, H, W]`.
+        teacher_map: `[B, C', H', W']`; see :func:`match`.
+        student_keep: `[B, H, W]` bool, places of the student's map; None keeps all.
+        teacher_keep: `[B, H', W']` bool, of the teacher's; None if and only if the other is.
+
+    Returns:
+        The maps, the larger averaged over its kept places, and `[B, h, w]` bool: the kept places of the lower map
+        that hold kept places of the other; or None.
+    """
     (height, width), (rows, columns) = student_map.shape[2:], teacher_map.shape[2:]
     if (height, width) > (rows, columns):
-        return F.adaptive_avg_pool2d(student_map, (rows, columns)), teacher_map
+        student_map, cells = pooled(student_map, (rows, columns), student_keep)
+        return student_map, teacher_map, None if cells is None or teacher_keep is None else teacher_keep & cells
     if (height, width) < (rows, columns):
-        return student_map, F.adaptive_avg_pool2d(teacher_map, (height, width))
-    return student_map, teacher_map
+        teacher_map, cells = pooled(teacher_map, (height, width), teacher_keep)
+        return student_map, teacher_map, None if cells is None or student_keep is None else student_keep & cells
+    return student_map, teacher_map, student_keep
+
+
+def pooled(
+    feature_map: Tensor, size: int | tuple[int, int], keep: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the means of a map over cells of a coarser grid, and which cells there are.
+
+    Args:
+        feature_map: `[B, C, H, W]`.
+        size: of the grid: (height, width), or of both sides.
+        keep: `[B, H, W]` bool, the places that are averaged over; None takes all.
+
+    Returns:
+        `[B, C, h, w]`, 0 in a cell without a place that is kept, and `[B, h, w]` bool, or None without `keep`.
+
+    Example:
+        >>> import torch
+        >>> pooled(torch.tensor([[[[1.0, 3.0]]]]), 1, torch.tensor([[[True, False]]]))
+        (tensor([[[[1.]]]]), tensor([[[True]]]))
+    """
+    if keep is None:
+        return F.adaptive_avg_pool2d(feature_map, size), None
+    share = F.adaptive_avg_pool2d(keep[:, None].to(feature_map.dtype), size)
+    mean = F.adaptive_avg_pool2d(feature_map.where(keep[:, None], 0.0), size)
+    return mean / share.where(share > 0, 1.0), share[:, 0] > 0
+
+
+def over_kept(values: Tensor, keep: Tensor | None) -> Tensor:
+    """Return values whose mean over all places of an image is that over its kept places; others become 0.
+
+    Args:
+        values: `[B, ...]`.
+        keep: `[B, ...]` bool that broadcasts to the values; None keeps all.
+
+    Example:
+        >>> import torch
+        >>> over_kept(torch.tensor([[1.0, 5.0]]), torch.tensor([[True, False]]))
+        tensor([[2., 0.]])
+    """
+    if keep is None:
+        return values
+    flat = keep.flatten(1)
+    factor = flat.shape[1] / flat.sum(1).clamp(min=1).to(values.dtype)
+    return values.where(keep, 0.0) * factor.view(-1, *[1] * (values.ndim - 1))
 
 
 def as_grid(tokens: Tensor, like: tuple[int, int]) -> Tensor:
@@ -76,13 +141,16 @@ def attention(feature_map: Tensor, power: float = 2.0) -> Tensor:
     return F.normalize(feature_map.abs().pow(power).mean(1).flatten(1), dim=1, eps=1e-12)
 
 
-def channelwise_divergence(student_map: Tensor, teacher_map: Tensor, temperature: float = 4.0) -> Tensor:
+def channelwise_divergence(
+    student_map: Tensor, teacher_map: Tensor, temperature: float = 4.0, keep: Tensor | None = None
+) -> Tensor:
     """Return T^2 KL(teacher || student) of each channel's softmax over positions.
 
     Args:
         student_map: `[B, C, H, W]`.
         teacher_map: `[B, C, H, W]`.
         temperature: softening, > 0.
+        keep: `[B, H, W]` bool, the positions of the softmax, at least one an image; None takes all.
 
     Returns:
         `[B, C]`, summed over positions.
@@ -93,10 +161,13 @@ def channelwise_divergence(student_map: Tensor, teacher_map: Tensor, temperature
         tensor([[0.1109]])
     """
     student, teacher = (side.flatten(2) / temperature for side in (student_map, teacher_map))
+    if keep is not None:
+        left_out = ~keep.flatten(1)[:, None]
+        student, teacher = (side.masked_fill(left_out, -torch.inf) for side in (student, teacher))
     return temperature**2 * kl_divergence(student, teacher)
 
 
-def hierarchical_distance(student_map: Tensor, teacher_map: Tensor) -> Tensor:
+def hierarchical_distance(student_map: Tensor, teacher_map: Tensor, keep: Tensor | None = None) -> Tensor:
     """Return the mean squared distance of two maps at several scales.
 
         [ mse(s, t) + sum_j w_j mse( pool_{k_j}(s), pool_{k_j}(t) ) ] / ( 1 + sum_j w_j )
@@ -106,6 +177,7 @@ def hierarchical_distance(student_map: Tensor, teacher_map: Tensor) -> Tensor:
     Args:
         student_map: `[B, C, H, W]`.
         teacher_map: `[B, C, H, W]`.
+        keep: `[B, H, W]` bool, the places that are compared and pooled; None takes all. Each image counts alike.
 
     Returns:
         Scalar, averaged over everything; without rows a connected zero.
@@ -115,19 +187,25 @@ def hierarchical_distance(student_map: Tensor, teacher_map: Tensor) -> Tensor:
         tensor(0.7500)
     """
     apart, weight, weights = student_map - teacher_map, 1.0, 1.0
-    loss = mean_square(apart)
+    loss = mean_square(apart, keep)
     for size in (4, 2, 1):
         if size < student_map.shape[2]:
             weight /= 2
             weights += weight
             # pooling is linear: the difference of the pooled maps is the pooled difference
-            loss = loss + weight * mean_square(F.adaptive_avg_pool2d(apart, size))
+            loss = loss + weight * mean_square(*pooled(apart, size, keep))
     return loss / weights
 
 
-def mean_square(apart: Tensor) -> Tensor:
-    """Return the mean of squares; of nothing, a connected zero."""
-    return apart.square().sum() / max(apart.numel(), 1)
+def mean_square(apart: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Return the mean of squares; of nothing, a connected zero.
+
+    Args:
+        apart: `[B, C, H, W]`, or any shape where all places are kept.
+        keep: `[B, H, W]` bool, the places that are averaged over; None takes all. Each image counts alike.
+    """
+    square = apart.square() if keep is None else over_kept(apart.square(), keep[:, None])
+    return square.sum() / max(apart.numel(), 1)
 
 
 def small_labels(labels: Tensor, height: int, width: int) -> Tensor:

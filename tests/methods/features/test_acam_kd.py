@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from method_case import MethodCase, Tensors, gaussian
 from oracles import acam_kd as oracle
@@ -195,6 +196,43 @@ def test_score_maps_of_a_segmenter() -> None:
     parts = term(student, teacher, case().batch())
     assert set(parts) == {"channel", "spatial", "diversity"}
     assert all(part.isfinite() for part in parts.values())
+
+
+# what is ignored
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ignored_places_leave_what_cut_maps_give(form: Form) -> None:
+    student, teacher, channel, spatial = made(9, grid=(2, 6))
+    keep = torch.ones(2, 2, 6, dtype=torch.bool)
+    keep[:, :, 2:] = False
+    found = acam_kd(student, teacher, channel, spatial, form=form, keep=keep)
+    cut = acam_kd(student[..., :2], teacher[..., :2], channel, spatial[..., :2], form=form)
+    for name, value in cut.items():
+        torch.testing.assert_close(found[name], value)
+
+
+@pytest.mark.parametrize("cells", [2, 8])
+def test_ignored_places_make_no_masks(cells: int) -> None:
+    torch.manual_seed(10)
+    masking = Masking(3, 2, cells).double()
+    student, teacher = torch.randn(2, 2, 3, 4, 8, dtype=torch.float64).unbind()
+    keep = torch.ones(2, 4, 8, dtype=torch.bool)
+    keep[:, :, 4:] = False
+    channels, places = masking(student, teacher, keep)
+    if cells == 2:  # the first column of cells is all that is left
+        halves = F.adaptive_avg_pool2d(student[..., :4], (2, 1))
+        query, key, value = (
+            layer(given).flatten(2).mT
+            for layer, given in ((masking.query, teacher[..., :4]), (masking.key, halves), (masking.value, halves))
+        )
+        fused = F.scaled_dot_product_attention(query, key, value).mT.unflatten(2, (4, 4))
+        cut = (masking.channel_units * fused.mean((2, 3))[:, None]).sigmoid()
+        cut_places = torch.einsum("mc,bchw->bmhw", masking.spatial_units, fused).sigmoid()
+    else:
+        cut, cut_places = masking(student[..., :4], teacher[..., :4])
+    torch.testing.assert_close(channels, cut)
+    torch.testing.assert_close(places[..., :4], cut_places)
 
 
 # odd cases

@@ -178,6 +178,29 @@ def test_the_bridge_has_no_bias_and_stands_between_other_widths_only() -> None:
     assert {name: tuple(weight.shape) for name, weight in weights.items()} == {"conv.weight": (7, 4, 1, 1)}
 
 
+# what is ignored
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ignored_places_leave_what_cut_maps_give(form: Any) -> None:
+    student, teacher = pair(7, 3, 4, 2, 5)
+    keep = torch.ones(3, 2, 5, dtype=torch.bool)
+    keep[:, :, 2:] = False
+    found, expected = cwd(student, teacher, form=form, keep=keep), cwd(student[..., :2], teacher[..., :2], form=form)
+    torch.testing.assert_close(found, expected)
+    gradients = (torch.autograd.grad(loss, student)[0] for loss in (found, expected))
+    torch.testing.assert_close(*gradients)
+
+
+def test_each_image_counts_alike_however_much_of_it_is_ignored() -> None:
+    student, teacher = pair(8, 2, 4, 2, 3)
+    keep = torch.ones(2, 2, 3, dtype=torch.bool)
+    keep[0, 1:] = False
+    for form in FORMS:
+        one, other = cwd(student[:1, :, :1], teacher[:1, :, :1], form=form), cwd(student[1:], teacher[1:], form=form)
+        torch.testing.assert_close(cwd(student, teacher, form=form, keep=keep), (one + other) / 2)
+
+
 # odd cases
 
 

@@ -14,6 +14,7 @@ from method_case import MethodCase, gaussian
 from oracles import mgd as oracle
 from tutelage.core import Batch, Draw, Facts, Signals
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.methods.features.mgd import MGD, keep_mask, mgd
 
 Arrays = dict[str, NDArray[Any]]
@@ -222,6 +223,28 @@ def test_taps_of_ones_own() -> None:
     term = MGD(student_tap="layer4", teacher_tap={"where": "features.7", "layout": "nhwc"})
     assert [tap.where for tap in (*term.reads.student, *term.reads.teacher)] == ["layer4", "features.7"]
     assert term.reads.teacher[0].layout == "nhwc"
+
+
+# what is ignored
+
+
+def test_ignored_positions_are_masked_and_not_compared() -> None:
+    student, teacher = case().tensors(4)
+    assert teacher is not None
+    ignored = torch.zeros(6, 8, 8, dtype=torch.bool)
+    ignored[:, :, 4:] = True
+    ignored[2] = False
+    target = torch.zeros(6, 8, 8, dtype=torch.int64)
+    batch = Batch.of(torch.zeros(6, 1), target, labelled=~ignored, index=case().batch().index)
+    places = known(batch, teacher["map"])
+    assert places is not None
+    left = places[:, None]
+    whole, noise = case(mask_ratio=0.0), torch.full((6, 1, *student["map"].shape[2:]), 0.5)
+    term = whole.built()
+    aligned = term.align(student["map"])  # type: ignore[operator]
+    rebuilt = term.generation(aligned * left)  # type: ignore[operator]
+    expected = ((rebuilt - teacher["map"]) * left).square().sum() / 6
+    torch.testing.assert_close(whole.loss(term, student, teacher, batch, noise), expected)
 
 
 # odd cases

@@ -14,8 +14,10 @@ from torch.nn import functional as F
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Term
 from tutelage.core.bridge import bridge, check_grid, check_maps
 from tutelage.core.error import UserError, nearest
+from tutelage.core.ignored import known
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import over_kept, pooled
 
 CARD = Card(
     name="ACAM-KD",
@@ -52,6 +54,7 @@ def acam_kd(
     alpha: float = 1.0,
     lambda_div: float = 1.0,
     form: Form = "normalized",
+    keep: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Return the masked distances over channels and over positions, and how alike the masks are.
 
@@ -74,6 +77,7 @@ def acam_kd(
         alpha: coefficient of both distances.
         lambda_div: coefficient of the diversity.
         form: `normalized`, or `printed`.
+        keep: `[B, H, W]` bool, the places that are compared and where masks count; None keeps all.
 
     Returns:
         `channel`, `spatial` and `diversity`: scalars with their coefficients, float32 or wider. Without rows
@@ -96,8 +100,10 @@ def acam_kd(
             f"the teacher's {list(teacher_map.shape)}"
         )
     rows, width = student_map.shape[:2]
-    square = (teacher_map - student_map).square().flatten(2)
-    positions, places = square.shape[2], spatial_masks.flatten(2)
+    square, places = (teacher_map - student_map).square().flatten(2), spatial_masks.flatten(2)
+    if keep is not None:
+        square, places = (side.where(keep.flatten(1)[:, None], 0.0) for side in (square, places))
+    positions = square.shape[2] if keep is None else keep.flatten(1).sum(1).clamp(min=1)
     by_channel = _masked(square.sum(2), channel_masks, form) / positions
     by_place = _masked(square.sum(1), places, form) / width
     alike = _alike(channel_masks) + _alike(places)
@@ -145,23 +151,25 @@ class Masking(nn.Module):
         self.spatial_units = nn.Parameter(torch.randn(masks, width) / width**0.5)
         self.cells = cells
 
-    def fuse(self, student_map: Tensor, teacher_map: Tensor) -> Tensor:
-        """Return what the student answers at each place of the teacher's map, `[B, C, H, W]`."""
+    def fuse(self, student_map: Tensor, teacher_map: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Return what the student's kept places answer at each place of the teacher's map, `[B, C, H, W]`."""
         height, width = student_map.shape[2:]
-        small = student_map
+        small, there = student_map, keep
         if max(height, width) > self.cells:
-            small = F.adaptive_avg_pool2d(small, (min(height, self.cells), min(width, self.cells)))
+            small, there = pooled(small, (min(height, self.cells), min(width, self.cells)), keep)
+        asked = None if there is None else there.flatten(1)[:, None]
         query, key, value = (
             layer(given).flatten(2).mT
             for layer, given in ((self.query, teacher_map), (self.key, small), (self.value, small))
         )
-        answer: Tensor = F.scaled_dot_product_attention(query, key, value).mT.unflatten(2, teacher_map.shape[2:])
+        answer: Tensor = F.scaled_dot_product_attention(query, key, value, asked).mT.unflatten(2, teacher_map.shape[2:])
         return answer
 
-    def forward(self, student_map: Tensor, teacher_map: Tensor) -> tuple[Tensor, Tensor]:
-        """Return masks over channels `[B, M, C]` and over positions `[B, M, H, W]`."""
-        fused = self.fuse(student_map, teacher_map)
-        channels = self.channel_units * fused.mean((2, 3))[:, None]
+    def forward(self, student_map: Tensor, teacher_map: Tensor, keep: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return masks over channels `[B, M, C]` and over positions `[B, M, H, W]`, from the places that are kept."""
+        fused = self.fuse(student_map, teacher_map, keep)
+        mean = over_kept(fused, None if keep is None else keep[:, None]).mean((2, 3))
+        channels = self.channel_units * mean[:, None]
         places = torch.einsum("mc,bchw->bmhw", self.spatial_units, fused)
         return channels.sigmoid(), places.sigmoid()
 
@@ -180,6 +188,8 @@ class ACAMKD(Term):
         student_taps: maps of the student, from shallow to deep.
         teacher_taps: maps of the teacher, on the same grids.
     """
+
+    knows_ignored = True
 
     def __init__(
         self,
@@ -229,7 +239,8 @@ class ACAMKD(Term):
         levels = []
         for (one, other), align, masking in zip(self.names, self.align, self.masking, strict=True):
             ours, theirs = align(student[one]), teacher[other]
-            over_channels, over_places = masking(ours, theirs)
+            places = known(batch, theirs)
+            over_channels, over_places = masking(ours, theirs, places)
             levels.append(
                 acam_kd(
                     ours,
@@ -239,6 +250,7 @@ class ACAMKD(Term):
                     alpha=self.alpha,
                     lambda_div=self.lambda_div,
                     form=self.form,
+                    keep=places,
                 )
             )
         return {part: torch.stack([level[part] for level in levels]).sum() for part in levels[0]}

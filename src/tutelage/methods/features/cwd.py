@@ -13,9 +13,10 @@ from torch import Tensor
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import bridge, check_grid, check_maps
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import channelwise_divergence
+from tutelage.functional.spatial import channelwise_divergence, over_kept
 
 CARD = Card(
     name="CWD",
@@ -49,6 +50,7 @@ def cwd(
     temperature: float = 4.0,
     form: Form = "paper",
     student_width: int | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """Return the divergence of the channels' distributions over positions.
 
@@ -57,6 +59,7 @@ def cwd(
     Convention:
         - KL runs from teacher to student: KL(teacher || student); no gradient is asked of the teacher
         - multiplied by T^2; summed over positions, averaged over channels and samples
+        - positions that are not kept are in no softmax and no mean
 
     Args:
         student_map: `[B, C, H, W]`, features at the teacher's width, or class scores.
@@ -66,6 +69,7 @@ def cwd(
             code: `pixel` (softmax over channels at each position, T^2, averaged over positions and samples)
             and `mean` (mean squared difference of the channels' means, no temperature).
         student_width: the student's channels before its bridge, for `cirkd`; None takes C.
+        keep: `[B, H, W]` bool, the positions that are compared, at least one a sample; None keeps all.
 
     Returns:
         Scalar, float32 or wider; a batch without rows gives a connected zero.
@@ -88,12 +92,13 @@ def cwd(
     rows, width, height, columns = student_map.shape
     if form == "pixel":
         student, teacher = (side.movedim(1, 3) / temperature for side in (student_map, teacher_map))
-        return temperature**2 * kl_divergence(student, teacher).sum() / max(rows * height * columns, 1)
+        apart = over_kept(kl_divergence(student, teacher), keep)
+        return temperature**2 * apart.sum() / max(rows * height * columns, 1)
     if form == "mean":
-        apart = (student_map - teacher_map).mean((2, 3))
+        apart = over_kept(student_map - teacher_map, None if keep is None else keep[:, None]).mean((2, 3))
         return apart.square().sum() / max(rows * width, 1)
     divisor = rows * (student_width or width if form == "cirkd" else width)
-    return channelwise_divergence(student_map, teacher_map, temperature).sum() / max(divisor, 1)
+    return channelwise_divergence(student_map, teacher_map, temperature, keep).sum() / max(divisor, 1)
 
 
 @final
@@ -106,6 +111,8 @@ class CWD(Term):
         student_tap: a map of the student; `logits` for the class scores of a dense task.
         teacher_tap: a map of the teacher, of the same height and width.
     """
+
+    knows_ignored = True
 
     def __init__(
         self,
@@ -150,4 +157,5 @@ class CWD(Term):
             temperature=self.temperature,
             form=self.form,
             student_width=source.shape[1],
+            keep=known(batch, source),
         )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tutelage.core import Batch, Card, Draw, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import Across, across, grid_of
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
 
@@ -42,7 +43,7 @@ Mask = Literal["pixel", "channel"]
 
 
 @full_precision
-def mgd(rebuilt: Tensor, teacher_map: Tensor) -> Tensor:
+def mgd(rebuilt: Tensor, teacher_map: Tensor, keep: Tensor | None = None) -> Tensor:
     """Return the squared distance between the rebuilt and the teacher's map.
 
         L = 1 / B * sum_{b,c,h,w} ( G( A(s) * M ) - t )^2        (eq. 4-5, without alpha)
@@ -54,6 +55,7 @@ def mgd(rebuilt: Tensor, teacher_map: Tensor) -> Tensor:
     Args:
         rebuilt: `[B, C, H, W]`, G( A(s) * M ): the student's aligned, masked map through the generator.
         teacher_map: `[B, C, H, W]`.
+        keep: `[B, H, W]` bool, the positions that are summed over; None takes all.
 
     Returns:
         Scalar, float32 or wider.
@@ -64,7 +66,10 @@ def mgd(rebuilt: Tensor, teacher_map: Tensor) -> Tensor:
 
     Reference: Yang et al., Masked Generative Distillation, ECCV 2022.
     """
-    return (rebuilt - teacher_map).square().sum() / max(len(rebuilt), 1)
+    apart = rebuilt - teacher_map
+    if keep is not None:
+        apart = apart.where(keep[:, None], 0.0)
+    return apart.square().sum() / max(len(rebuilt), 1)
 
 
 def keep_mask(noise: Tensor, mask: Mask, mask_ratio: float) -> Tensor:
@@ -86,7 +91,8 @@ def keep_mask(noise: Tensor, mask: Mask, mask_ratio: float) -> Tensor:
 class MGD(Term):
     """Term form of :func:`mgd`: aligns widths, masks, generates with two 3x3 convolutions, compares.
 
-    Several maps are compared pair by pair, each with layers and a mask of its own, and their losses added.
+    Several maps are compared pair by pair, each with layers and a mask of its own, and their losses added. Positions
+    of ignored pixels are always masked, and not compared.
 
     Args:
         mask: `pixel` drops positions (paper, detection 0.65 or 0.45, segmentation 0.75); `channel` drops
@@ -95,6 +101,8 @@ class MGD(Term):
         student_tap: a map or tokens of the student, or a list; `fpn[*]` stands for all levels of a pyramid.
         teacher_tap: as many of the teacher; the student is brought to their grids. Tokens count as maps on a grid.
     """
+
+    knows_ignored = True
 
     def __init__(
         self,
@@ -166,6 +174,9 @@ class MGD(Term):
         for (one, other), align, generate, place in zip(self.names, aligns, generations, drawn, strict=True):
             goal = grid_of(teacher[other], student[one])
             aligned = align(student[one], goal) if isinstance(align, Across) else align(student[one])
-            kept = keep_mask(place, self.mask, self.mask_ratio).to(aligned.dtype)
-            distances.append(mgd(generate(aligned * kept), goal))
+            masked = aligned * keep_mask(place, self.mask, self.mask_ratio).to(aligned.dtype)
+            places = known(batch, goal)
+            if places is not None:
+                masked = masked.where(places[:, None], 0.0)
+            distances.append(mgd(generate(masked), goal, places))
         return torch.stack(distances).sum()

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from tutelage.core import Batch, Card, Draw, Facts, Outcome, Reads, Signals, Tap, Term
 from tutelage.core.bridge import check_grid, check_maps
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.functional.bank import as_written, write
 from tutelage.functional.block import spans, sum_over
 from tutelage.functional.collective import gather_rows
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.pairwise import unit
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import class_maps, match, taking_part
+from tutelage.functional.spatial import class_maps, match_kept, over_kept
 
 CARD = Card(
     name="CIRKD",
@@ -108,14 +109,14 @@ def cirkd(
     parts = {"kd": student_logits[:, :0].sum(), "batch": student_map[:, :0].sum()}
     if lambda_kd:
         rows = kl_divergence(student_logits.movedim(1, -1), teacher_logits.movedim(1, -1))
-        parts["kd"] = lambda_kd * (rows if keep[0] is None else _kept_mean(rows, keep[0])).sum() / max(rows.numel(), 1)
+        parts["kd"] = lambda_kd * over_kept(rows, keep[0]).sum() / max(rows.numel(), 1)
     if alpha:
         student, teacher = vectors(student_map), vectors(teacher_map)
         students, teachers = (gather_rows(side)[0] if gather else side for side in (student, teacher))
         images, pixels = students.shape[:2]
         own = student.new_ones(student.shape[:2], dtype=torch.bool) if keep[1] is None else keep[1].flatten(1)
         left_out = ~(gather_rows(own.float())[0] > 0 if gather else own)
-        share = _kept_mean(torch.ones_like(own, dtype=student.dtype), own)
+        share = over_kept(torch.ones_like(own, dtype=student.dtype), own)
 
         def compare(start: int, stop: int, s: Tensor, t: Tensor, everyone: Tensor, taught: Tensor) -> Tensor:
             ours, theirs = (
@@ -131,13 +132,6 @@ def cirkd(
         total = sum_over(pieces, compare, student, teacher, students, teachers)
         parts["batch"] = alpha * total / max(count * images, 1)
     return parts
-
-
-def _kept_mean(rows: Tensor, keep: Tensor) -> Tensor:
-    """Return rows whose mean over all places of an image is that over its kept places."""
-    flat = keep.flatten(1)
-    factor = flat.shape[1] / flat.sum(1).clamp(min=1)
-    return rows.where(keep, 0.0) * factor.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
 
 
 def vectors(feature_map: Tensor) -> Tensor:
@@ -321,7 +315,7 @@ class CIRKD(Term):
         pixel_keys: remembered pixels that are contrasted, over all classes together.
         region_keys: the same of regions.
         form: which pixels are remembered: those of the `class` (the paper), or of the whole `image` (the
-            released code).
+            released code, where the projection's batch norm also looks at ignored pixels).
         ignore_label: pixels of this label, and of any outside [0, K), are left out.
         gather: see :func:`cirkd`.
         student_tap: the features that are related.
@@ -332,6 +326,8 @@ class CIRKD(Term):
     pixel_pointer: Tensor
     region_queue: Tensor
     region_pointer: Tensor
+
+    knows_ignored = True
 
     def __init__(
         self,
@@ -451,19 +447,19 @@ class CIRKD(Term):
             UserError: if the data has no class maps, or the projection's batch norm gets one value a channel.
         """
         source, goal = student[self.student_tap.name], teacher[self.teacher_tap.name]
-        scores = match(student.logits, teacher.logits)
+        logits = student.logits, teacher.logits
+        ours, theirs, compared = match_kept(*logits, known(batch, logits[0]), known(batch, logits[1]))
+        places = known(batch, source)
         parts = cirkd(
-            *scores,
+            ours,
+            theirs,
             source,
             goal,
             lambda_kd=self.lambda_kd,
             alpha=self.alpha,
             temperature=self.temperature,
             gather=self.gather,
-            keep=(
-                taking_part(batch.target, batch.labelled, *scores[0].shape[2:]),
-                taking_part(batch.target, batch.labelled, *source.shape[2:]),
-            ),
+            keep=(compared, places),
         )
         if draws is None:
             return Outcome(parts)
@@ -474,7 +470,7 @@ class CIRKD(Term):
             )
         chosen, *slots = draws
         labels = self.labels(batch, *source.shape[2:])
-        projected = _vectors(self.projection(source.to(next(self.projection.parameters()).dtype)))
+        projected = _vectors(self.project(source.to(next(self.projection.parameters()).dtype), places))
         taught = _vectors(goal)
         kept = {"index": batch.index, **remembered(taught, labels, chosen, self.num_classes, self.form)}
         writings = self._writings(kept)
@@ -484,6 +480,21 @@ class CIRKD(Term):
             keys = as_written(queue.flatten(0, 1), place, writing.index, writing.rows, writing.valid)
             parts[name] = coefficient * contrast(projected, taught, keys, labels >= 0, self.memory_temperature)
         return Outcome(parts, kept)
+
+    def project(self, features: Tensor, keep: Tensor | None) -> Tensor:
+        """Return the student's features at the teacher's width; the batch norm looks at the places that are kept.
+
+        As released, with the form `image`, it looks at all.
+        """
+        first, norm, relu, last = self.projection
+        assert isinstance(norm, nn.BatchNorm2d)
+        hidden = first(features)
+        if keep is None or self.form == "image" or not norm.training:
+            hidden = norm(hidden)
+        else:
+            hidden = normalized(norm, hidden, keep)
+        projected: Tensor = last(relu(hidden))
+        return projected
 
     def _writings(self, kept: Mapping[str, Tensor]) -> tuple[Writing, Writing]:
         """Return what goes where, one image after the other in the order of their ids."""
@@ -502,6 +513,32 @@ class CIRKD(Term):
         write(self.region_queue.view(-1, self.region_queue.shape[2]), region.index, region.rows, region.valid)
         self.pixel_pointer.copy_(pixel.pointer)
         self.region_pointer.copy_(region.pointer)
+
+
+def normalized(norm: nn.BatchNorm2d, values: Tensor, keep: Tensor) -> Tensor:
+    """Return what a batch norm in training gives if it looks at some places only; its running statistics move.
+
+    Args:
+        norm: with weight, bias and running statistics.
+        values: `[B, C, H, W]`.
+        keep: `[B, H, W]` bool: the places whose mean and variance are taken.
+    """
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    assert norm.momentum is not None
+    wide = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+    places, count = keep[:, None], keep.sum().clamp(min=1)
+    mean = wide.where(places, 0.0).sum((0, 2, 3), keepdim=True) / count
+    apart = wide - mean
+    variance = apart.where(places, 0.0).square().sum((0, 2, 3), keepdim=True) / count
+    with torch.no_grad():
+        unbiased = variance * count / (count - 1).clamp(min=1)
+        for running, seen in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+            running.lerp_(seen.flatten().to(running.dtype), norm.momentum)
+        norm.num_batches_tracked.add_(1)
+    scaled = apart * (variance + norm.eps).rsqrt() * norm.weight[:, None, None] + norm.bias[:, None, None]
+    return scaled.to(values.dtype)
 
 
 @full_precision

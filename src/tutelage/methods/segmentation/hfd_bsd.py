@@ -19,7 +19,7 @@ from tutelage.core.error import UserError, nearest
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.pairwise import unit
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import class_maps, match, small_labels, taking_part
+from tutelage.functional.spatial import class_maps, match_kept, small_labels, taking_part
 
 CARD = Card(
     name="HFD+BSD",
@@ -125,14 +125,16 @@ def hfd_bsd(
     vectors = []
     for features in high:
         small = small_labels(target, *features.shape[2:])
-        means, inside = _mean_of(features, _members(small, _compared(target, features) - 1, regions, number, cells))
+        means, inside = _mean_of(
+            features, _members(small, _compared(target, features).long() - 1, regions, number, cells)
+        )
         vectors.append(unit(means))
         count = torch.minimum(count, inside)
     distance = 1 - (vectors[0] * vectors[1]).sum(2)
     by_region = distance.where((count > 0) & (theirs < ours), 0.0).sum(1)
-    near, far = match(*low)
-    compared = _compared(target, near)
-    square = ((near - far).square().mean(1) * compared).sum((1, 2)) / compared.sum((1, 2)).clamp(min=1)
+    near, far, compared = match_kept(*low, _compared(target, low[0]), _compared(target, low[1]))
+    assert compared is not None
+    square = (near - far).square().mean(1).where(compared, 0.0).sum((1, 2)) / compared.sum((1, 2)).clamp(min=1)
     return {
         "low": lambda_low * square.sum() / max(rows, 1),
         "region": lambda_region * by_region.sum() / max(rows, 1),
@@ -156,11 +158,11 @@ def _common(one: Tensor, other: Tensor) -> Pair:
 
 
 def _compared(target: Tensor, features: Tensor) -> Tensor:
-    """Return 1 at the places of a map that take part and 0 at those of ignored pixels, `[B, H, W]` int64."""
+    """Return the places of a map that take part, all but those of ignored pixels: `[B, H, W]` bool."""
     every = torch.ones(len(target), dtype=torch.bool, device=target.device)
     places = taking_part(target, every, *features.shape[2:])
     assert places is not None
-    return places.long()
+    return places
 
 
 def _members(labels: Tensor, known: Tensor, regions: Regions, number: int, cells: int) -> Tensor:
@@ -197,6 +199,8 @@ class HFDBSD(Term):
         student_high: late features of the student.
         teacher_high: late features of its peer.
     """
+
+    knows_ignored = True
 
     def __init__(
         self,

@@ -229,6 +229,8 @@ class P2Seg(Term):
         student_tap: the map that the heads stand on.
     """
 
+    knows_ignored = True
+
     def __init__(
         self,
         *,

@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import check_maps
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.functional.block import spans, sum_over
 from tutelage.functional.divergence import cross_entropy
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import match, taking_part
+from tutelage.functional.spatial import match_kept, over_kept
 
 CARD = Card(
     name="SKD",
@@ -125,10 +126,7 @@ def skd(
         )
     images, _, height, width = student_logits.shape
     rows = cross_entropy(student_logits.movedim(1, -1), teacher_logits.movedim(1, -1))
-    if keep[0] is None:
-        pixel = rows.sum() / (height * width)
-    else:
-        pixel = (rows.where(keep[0], 0.0).sum((1, 2)) / keep[0].sum((1, 2)).clamp(min=1)).sum()
+    pixel = over_kept(rows, keep[0]).sum() / (height * width)
     if form == "mean":
         pixel = pixel / max(images, 1)
     student, teacher = regions(student_map, pool_scale, keep[1]), regions(teacher_map, pool_scale, keep[2])
@@ -158,6 +156,8 @@ class SKD(Term):
         student_tap: a map of the student: the deepest features.
         teacher_tap: a map of the teacher.
     """
+
+    knows_ignored = True
 
     def __init__(
         self,
@@ -195,15 +195,16 @@ class SKD(Term):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `pixel` and `pair`."""
-        scores = match(student.logits, teacher.logits)
+        logits = student.logits, teacher.logits
+        ours, theirs, places = match_kept(*logits, known(batch, logits[0]), known(batch, logits[1]))
         maps = student[self.student_tap.name], teacher[self.teacher_tap.name]
-        kept = [taking_part(batch.target, batch.labelled, *one.shape[2:]) for one in (scores[0], *maps)]
         return skd(
-            *scores,
+            ours,
+            theirs,
             *maps,
             lambda_pixel=self.lambda_pixel,
             lambda_pair=self.lambda_pair,
             pool_scale=self.pool_scale,
             form=self.form,
-            keep=(kept[0], kept[1], kept[2]),
+            keep=(places, known(batch, maps[0]), known(batch, maps[1])),
         )

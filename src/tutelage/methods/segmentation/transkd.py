@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import bridge, check_grid, check_maps, check_statistics, fusion_layers
 from tutelage.core.error import UserError, nearest
+from tutelage.core.ignored import known
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
 from tutelage.functional.spatial import channelwise_divergence, hierarchical_distance, mean_square
@@ -62,6 +63,8 @@ def transkd(
     map_loss: MapLoss = "hcl",
     embedding_loss: EmbeddingLoss = "mse",
     temperature: float = 1.0,
+    keep: Sequence[Tensor | None] = (),
+    keep_tokens: Sequence[Tensor | None] = (),
 ) -> dict[str, Tensor]:
     """Return the distances of stage maps and of patch embeddings.
 
@@ -84,6 +87,8 @@ def transkd(
         map_loss: `hcl`, or `cwd` (channel-wise distillation).
         embedding_loss: `mse`, or `cwd`.
         temperature: of `cwd`, > 0.
+        keep: `[B, H, W]` bool a stage, the places that are compared; None, or nothing at all, keeps all.
+        keep_tokens: `[B, N]` bool a stage, the same of embeddings.
 
     Returns:
         `map` and `embedding`: scalars, float32 or wider; their sum is the loss. Without rows connected zeros.
@@ -101,14 +106,17 @@ def transkd(
     """
     maps = [_alike(one, other, "maps") for one, other in zip(fused_maps, teacher_maps, strict=True)]
     tokens = [_alike(one, other, "embeddings") for one, other in zip(embeddings, teacher_embeddings, strict=True)]
+    places, spots = keep or [None] * len(maps), keep_tokens or [None] * len(tokens)
     if map_loss == "hcl":
-        levels = [hierarchical_distance(one, other) for one, other in maps]
+        levels = [hierarchical_distance(*pair, left) for pair, left in zip(maps, places, strict=True)]
     else:
-        levels = [_channelwise(one, other, temperature) for one, other in maps]
+        levels = [_channelwise(*pair, temperature, left) for pair, left in zip(maps, places, strict=True)]
     if embedding_loss == "mse":
-        apart = [mean_square(one - other) for one, other in tokens]
+        apart = [mean_square((one - other).mT, left) for (one, other), left in zip(tokens, spots, strict=True)]
     else:
-        apart = [_channelwise(one.mT, other.mT, temperature) for one, other in tokens]
+        apart = [
+            _channelwise(one.mT, other.mT, temperature, left) for (one, other), left in zip(tokens, spots, strict=True)
+        ]
     weighted = [weight * value for weight, value in zip(patch_weights, apart, strict=True)]
     return {"map": torch.stack(levels).sum(), "embedding": torch.stack(weighted).sum()}
 
@@ -122,8 +130,8 @@ def _alike(student: Tensor, teacher: Tensor, what: str) -> tuple[Tensor, Tensor]
     return student, teacher
 
 
-def _channelwise(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    rows = channelwise_divergence(student, teacher, temperature)
+def _channelwise(student: Tensor, teacher: Tensor, temperature: float, keep: Tensor | None) -> Tensor:
+    rows = channelwise_divergence(student, teacher, temperature, keep)
     return rows.sum() / max(rows.numel(), 1)
 
 
@@ -359,13 +367,18 @@ class TransKD(Term):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `map` and `embedding`."""
+        maps = [teacher[name] for _, name in self.maps]
+        tokens = [teacher[name] for _, name in self.embeddings]
+        grids = {height * width: (height, width) for height, width in (one.shape[2:] for one in maps)}
         return transkd(
             self.fuse(student),
-            [teacher[name] for _, name in self.maps],
+            maps,
             self.embed(student),
-            [teacher[name] for _, name in self.embeddings],
+            tokens,
             patch_weights=self.patch_weights,
             map_loss=self.map_loss,
             embedding_loss=self.embedding_loss,
             temperature=self.temperature,
+            keep=[known(batch, one) for one in maps],
+            keep_tokens=[known(batch, one, grids.get(one.shape[1])) for one in tokens],
         )
