@@ -15,6 +15,9 @@ from tutelage.data.load import Spec, load
 from tutelage.data.people import FIELDS, detections, files_of
 from tutelage.data.pose import Changes, Record, crop, images
 from tutelage.functional.noise import mix
+from tutelage.run.recipe import load as load_recipe
+from tutelage.run.recipe import shipped
+from tutelage.run.stages import recipes_of
 
 COUNTS = (17, 6, 68, 21, 21)
 
@@ -279,3 +282,22 @@ def test_boxes_of_a_detector_are_cropped(tmp_path: Path) -> None:
     (root / "wrong.json").write_text('{"a": 1}')
     with pytest.raises(UserError, match="is neither COCO results nor a detector's answers"):
         list(detections(root / "wrong.json"))
+
+
+# --- shipped recipes -----------------------------------------------------------------------------------------
+
+
+def test_shipped_recipes_augment_as_rtmpose_does() -> None:
+    """The published pipelines, of the first epochs and of the last thirty; a second stage ends before these come."""
+    weak = Changes(0.5, 0.3, 0.0, (0.75, 1.25), 60.0, 0.0, (5.0, 30.0, 30.0), 0.1, 0.1, 0.5)
+    names = [name for name in shipped() if "rtmpose" in name or name.startswith("dwpose/yang")]
+    assert len(names) == 11
+    for name in names:
+        large = name.endswith("x_self_384x288")
+        scale, rotate = ((0.5, 1.5), 90.0) if large else ((0.6, 1.4), 80.0)
+        strong = Changes(0.5, 0.3, 0.16, scale, rotate, 0.0, (5.0, 30.0, 30.0), 0.1, 0.1, 1.0)
+        for stage, one in recipes_of(load_recipe(name)).items():
+            assert Changes.parse(one.data.augment) == strong, name
+            late = one.data.augment_late
+            assert (late is None) == (stage == "second" or large), name
+            assert late is None or (late.epochs, Changes.parse(late.augment)) == (30, weak), name
