@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from models.detectors.tiny_detr import KINDS as TRANSFORMERS
 from tutelage.core.error import UserError
 from tutelage.data.scenes import scenes
 from tutelage.run.distill import distill
@@ -147,10 +148,16 @@ def test_boxes_are_drawn_on_files_of_any_size(home: Path) -> None:
     assert isinstance(json.loads((home / "out" / "coco.json").read_text()), list)
 
 
-def test_few_labels(home: Path) -> None:
+@pytest.mark.parametrize("kind", ["own", "hf"])
+def test_few_labels(kind: str, home: Path) -> None:
     words = recipe(home, "retinanet").data.model_dump()
-    given = {**words, "labels": 2, "labelled_per_batch": 1}
-    assert "map" in distill(recipe(home, "retinanet", data=given), home / "run", quiet=True).scores
+    more: dict[str, Any] = {"data": {**words, "labels": 2, "labelled_per_batch": 1}}
+    if kind == "hf":
+        more["student"] = more["teacher"] = {"model": "hf:rt_detr", **TRANSFORMERS["rt_detr"]}
+        more["objective"] = {"task": 1.0, "pkd": {"weight": 1.0}}
+    assert "map" in distill(recipe(home, "retinanet", **more), home / "run", quiet=True).scores
+    lines = [json.loads(line) for line in (home / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(value == value for line in lines for value in line.values())
 
 
 def test_bad_annotations_stop_a_run(home: Path) -> None:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,39 @@ def test_a_detector_of_transformers_learns_and_finds(kind: str) -> None:
         assert bool(((one["boxes"] >= 0) & (one["boxes"] <= SIDE)).all())
     with pytest.raises(UserError, match="given its targets when it is called"):
         answers.losses(batch.target)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_images_that_are_not_annotated_have_no_part_in_the_loss(kind: str) -> None:
+    still = {"label_noise_ratio": 0.0, "box_noise_scale": 0.0} if kind in ("rt_detr", "d_fine") else {}
+    model = made(kind, **still)
+    pixels, targets = pictures(4)
+    model.module.eval()  # one image does not see another
+    if still:  # queries that are to restore boxes
+        model.module.net.model.training = model.module.net.model.decoder.training = True
+    batch, shown = framed(pixels, targets), [True, False, True, False]
+    hidden = [
+        one if known else {**one, "boxes": one["boxes"][:0], "labels": one["labels"][:0]}
+        for one, known in zip(targets, shown, strict=True)
+    ]
+    some = replace(batch, target=hidden, labelled=torch.tensor(shown), extra={"annotated": shown})
+    task = Detection(CLASSES)
+    losses = []
+    seen = pixels.clone().requires_grad_()
+    for one in (framed(pixels[[0, 2]], [targets[0], targets[2]]), replace(some, inputs=seen)):
+        torch.manual_seed(0)
+        losses.append(task.loss(task.call(model, one), one)["matching"])
+    torch.testing.assert_close(losses[1], losses[0])
+    losses[1].backward()
+    assert seen.grad is not None
+    assert seen.grad.abs().amax((1, 2, 3)).gt(0).tolist() == shown
+    assert all(part.grad is None or part.grad.isfinite().all() for part in model.module.parameters())
+    none = replace(
+        some,
+        target=[{**one, "boxes": one["boxes"][:0], "labels": one["labels"][:0]} for one in hidden],
+        extra={"annotated": [False] * 4},
+    )
+    assert task.loss(task.call(model, none), none)["matching"] == 0
 
 
 def test_boxes_are_those_of_transformers() -> None:

@@ -35,5 +35,5 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def made(kind: str) -> Any:
-    return load({"model": f"hf:{kind}", **KINDS[kind]}, task="detection", num_classes=CLASSES, seed=0)
+def made(kind: str, **more: Any) -> Any:
+    return load({"model": f"hf:{kind}", **KINDS[kind], **more}, task="detection", num_classes=CLASSES, seed=0)

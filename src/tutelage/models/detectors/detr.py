@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Detectors of transformers: RT-DETR, D-FINE, Deformable DETR and their kin, which tell a set of boxes.
 
-Their losses match boxes to queries within the forward, and some show the network noisy boxes to restore: they are
-given the targets when gradients are wanted, and only then.
+Their losses match boxes to queries, and some show the network noisy boxes to restore: they are given the targets when
+gradients are wanted, and only then. What the loss is made of is kept until it is asked for, of all images or of some.
 
 Reference: Carion et al., End-to-End Object Detection with Transformers, ECCV 2020.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tutelage.core import InputSpec, Tap
 from tutelage.core.error import UserError, nearest
+from tutelage.functional.precision import full_precision
 from tutelage.models.detectors.dense import Targets, clipped, picked, top
 
 #: Types that see which pixels are padding, and whose boxes are shares of the image without it.
@@ -26,10 +27,53 @@ SOFTMAX = ("detr", "table-transformer", "yolos")
 #: Types that take pixels in [0, 1] as they are.
 PLAIN = ("rt_detr", "rt_detr_v2", "d_fine")
 IMAGENET = InputSpec(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+WHOLE = 4  # dimensions of the answers of all layers
 #: Words by which a backbone is named, which a configuration turns into others.
 BACKBONE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs")
 #: Where the maps of several sizes go into encoder or decoder, whichever a type has.
 MAPS = ("decoder_input_proj", "encoder_input_proj", "input_proj")
+
+
+@final
+@dataclass(frozen=True)
+class Asked:
+    """What the network's own loss is called with: answers of the last layer and of those before it.
+
+    Args:
+        function: of transformers; its first answer is the loss.
+        given: logits `[B, Q, K]`, targets, device, boxes, configuration, and the same of all layers: `[L, B, Q, ...]`,
+            or `[B, L, Q, ...]` with more in `named`.
+        named: more of this, of the queries with noise too.
+    """
+
+    function: Callable[..., Any]
+    given: tuple[Any, ...]
+    named: Mapping[str, Any]
+
+    def rows(self, rows: Sequence[int]) -> "Asked":
+        """Return the same of some images."""
+        device = self.given[0].device
+        place = torch.tensor(rows, device=device)
+        layers = 0 if "enc_topk_logits" in self.named else 1  # where images stand in answers of all layers
+
+        def some(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return part.index_select(layers if part.ndim == WHOLE else 0, place)
+            if isinstance(part, list):
+                return [part[row] for row in rows]
+            return part
+
+        named = {name: some(part) for name, part in self.named.items()}
+        noise = named.get("denoising_meta_values")
+        if noise is not None:
+            own = noise["dn_positive_idx"]
+            named["denoising_meta_values"] = {**noise, "dn_positive_idx": [own[row] for row in rows]}
+        return Asked(self.function, tuple(map(some, self.given)), named)
+
+    def loss(self) -> Tensor:
+        """Return the loss, a mean over boxes."""
+        found: Tensor = full_precision(self.function)(*self.given, **self.named)[0]
+        return found
 
 
 @final
@@ -43,7 +87,7 @@ class Answers:
         sides: `[B, 4]` width, height, width, height in pixels.
         image_size: `[B, 2]` height and width without padding.
         softmax: how logits become scores.
-        loss: of the targets that were given, or None.
+        asked: what the loss is made of, or None where no targets were given.
         most: boxes an image.
     """
 
@@ -52,18 +96,27 @@ class Answers:
     sides: Tensor
     image_size: Tensor
     softmax: bool
-    loss: Tensor | None
+    asked: Asked | None
     most: int
+
+    def rows(self, rows: Sequence[int]) -> "Answers":
+        """Return the answers for some images."""
+        place = torch.tensor(rows, device=self.logits.device)
+        parts = {name: getattr(self, name)[place] for name in ("logits", "shares", "sides", "image_size")}
+        return replace(self, asked=None if self.asked is None else self.asked.rows(rows), **parts)
 
     def losses(self, targets: Targets) -> dict[str, Tensor]:
         """Return the network's own loss: of classes, boxes and overlaps over all layers, as its type weighs them.
 
+        Args:
+            targets: those that the network was called with.
+
         Raises:
-            UserError: if the network was called without the targets.
+            UserError: if it was called without.
         """
-        if self.loss is None:
+        if self.asked is None:
             raise UserError("a detector of transformers is given its targets when it is called: pass targets=...")
-        return {"matching": self.loss}
+        return {"matching": self.asked.loss()}
 
     def candidates_of(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return boxes `[B, N, 4]`, scores and labels `[B, N]`, best first."""
@@ -107,6 +160,14 @@ class Transformer(nn.Module):
         self.kept: list[Tensor] = []
         for path in self.layers if self.noisy else ():
             self.get_submodule(path).register_forward_hook(self._keep)
+        self.own_loss: Callable[..., Any] = net.loss_function
+        self.asked: Asked | None = None
+        net.loss_function = self._ask
+
+    def _ask(self, *given: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor], None]:
+        """Keep what the loss is made of; return what the network expects of it."""
+        self.asked = Asked(self.own_loss, given, named)
+        return given[0].new_zeros(()), {}, None
 
     def _keep(self, module: nn.Module, given: Any, found: Any) -> None:
         self.kept.append(found if isinstance(found, Tensor) else found[0])
@@ -136,13 +197,13 @@ class Transformer(nn.Module):
             ]
         self.kept = []
         said = self.net(pixels, **more)
-        kept, self.kept = self.kept, []
+        (kept, self.kept), (asked, self.asked) = (self.kept, []), (self.asked, None)
         extra = getattr(said, "denoising_meta_values", None)
         own = slice(int(extra["dn_num_split"][0]) if extra else 0, None)
         for place, one in zip(self.hidden, kept, strict=True):
             place(one[:, own])
         logits, shares = said.logits[:, own], said.pred_boxes[:, own]
-        return Answers(logits, shares, sides, size, self.kind in SOFTMAX, said.loss, self.most)
+        return Answers(logits, shares, sides, size, self.kind in SOFTMAX, asked, self.most)
 
     def roles(self) -> dict[str, Tap]:
         """Return the places of the maps and of the decoder's layers, where a type has any."""
