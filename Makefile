@@ -11,7 +11,7 @@ export PYTHONDONTWRITEBYTECODE ?= 1
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev,onnx,hf,examples]'
+	$(BIN)/python -m pip install --quiet --editable '.[dev,onnx,hf,examples,video]'
 	@touch $@
 
 demo: $(STAMP)  ## teacher, student alone, KD, MGD + KD on real digits; prints a table and writes runs/demo/report.html

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from film import COLOURS, SIDES, filmed
 from tutelage.core import Batch
 from tutelage.core.keypoints import BODY, WHOLEBODY
 from tutelage.data.load import load as load_data
@@ -149,7 +150,7 @@ def test_pytorch_is_not_imported(student: tuple[Any, Path], tmp_path: Path) -> N
         ("broken.onnx", "one.png", "broken.onnx cannot be read"),
         ("yolox", "one.png", "is no pose model"),
         ("pose", "nothing", "no images in"),
-        ("pose", "a.mp4", "reading videos needs PyAV"),
+        ("pose", "a.mp4", "reading videos needs PyAV: pip install 'tutelage\\[video\\]'"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -194,6 +195,25 @@ def test_rows_are_coco_results() -> None:
         **{"image_id": 7, "category_id": 1, "keypoints": [1.0, 1.0, 0.1, 1.0, 1.0, 0.5], "score": 0.5},
         "bbox": [1.0, 2.0, 3.0, 6.0],
     }
+
+
+def test_a_video_is_drawn_and_written(
+    student: tuple[Any, Path], detector: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filmed(tmp_path / "walk.mp4", 3)
+    command = [str(student[1]), str(tmp_path / "walk.mp4"), "--detector", str(detector), "--out", str(tmp_path / "o")]
+    assert main(command) == 0
+    assert "3 people; 3 images, " in capsys.readouterr().out
+    names = [f"walk-{number:06d}" for number in range(3)]
+    assert [row["image_id"] for row in json.loads((tmp_path / "o" / "coco.json").read_text())] == names
+    for number, name in enumerate(names):
+        with Image.open(tmp_path / "o" / f"{name}.png") as picture:
+            assert picture.size == SIDES
+            found = np.asarray(picture)[0, 0].astype(float)
+        assert np.abs(found - COLOURS[number]).max() < 40, "the frame itself lies under the drawing"
+    (tmp_path / "damaged.mp4").write_bytes(b"no video")
+    assert main([str(student[1]), str(tmp_path / "damaged.mp4")]) == 2
+    assert "damaged.mp4 cannot be read as a video" in capsys.readouterr().err
 
 
 def test_frames_come_in_order(tmp_path: Path) -> None:

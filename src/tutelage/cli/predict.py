@@ -12,7 +12,7 @@ from tutelage.core.error import UserError
 
 def predict(
     model: Annotated[str, typer.Argument(help="The folder of a run, or a model such as timm:resnet18.")],
-    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, folders of them, or videos.")],
     top: Annotated[int, typer.Option(help="So many classes an image.")] = 3,
     weights: Annotated[str | None, typer.Option(help="pretrained, or a file, for a model that is no run.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes in the file of weights.")] = None,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core.error import UserError
+from tutelage.data.video import is_frame, size_of_frame
 
 #: One thing's shape: polygons [[x, y, ...], ...] or a run-length code of COCO (`size` and `counts`).
 Shape = Sequence[Sequence[float]] | Mapping[str, Any]
@@ -103,6 +104,8 @@ def size_of(path: Path) -> tuple[int, int]:
     """
     from PIL import Image
 
+    if is_frame(path):
+        return size_of_frame(path)
     with Image.open(path) as image:
         turned = image.getexif().get(ORIENTATION, 1) in TURNED
         return (image.width, image.height) if turned else (image.height, image.width)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tutelage.core.error import UserError, nearest
 from tutelage.data.samples import stratified, without
+from tutelage.data.video import is_frame, read_frame
 
 #: Endings that are read as images.
 ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -65,13 +66,16 @@ class Files:
 
 
 def read_image(path: Path, channels: int) -> Tensor:
-    """Return `[C, H, W]` uint8.
+    """Return `[C, H, W]` uint8, of an image file or a frame of a video.
 
     Raises:
         OSError: if the file is missing, damaged or no image.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if is_frame(path):
+        whole = Image.fromarray(read_frame(path)).convert("RGB" if channels == 3 else "L")
+        return torch.from_numpy(np.array(whole)).view(whole.height, whole.width, channels).permute(2, 0, 1)
     try:
         with Image.open(path) as found:
             image = ImageOps.exif_transpose(found).convert("RGB" if channels == 3 else "L")

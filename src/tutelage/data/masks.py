@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tutelage.core.error import UserError, nearest
 from tutelage.data.folder import ENDINGS, TEST, TRAIN, VALIDATION
+from tutelage.data.video import is_frame, size_of_frame
 
 IGNORED = -1
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -141,6 +142,8 @@ def size_of(path: Path) -> tuple[int, int]:
     """
     from PIL import Image, UnidentifiedImageError
 
+    if is_frame(path):
+        return size_of_frame(path)
     try:
         with Image.open(path) as found:
             turned = found.getexif().get(0x0112, 1) in (5, 6, 7, 8)

@@ -14,6 +14,7 @@ from tutelage.core.error import UserError
 from tutelage.data import augment
 from tutelage.data.folder import images_below, read_image
 from tutelage.data.samples import to_unit
+from tutelage.data.video import frames_of, is_video
 from tutelage.models.known import untrained
 from tutelage.models.load import load
 from tutelage.report.table import Table
@@ -89,7 +90,7 @@ def predict(
 
     Args:
         name: `kind:name`, or the folder of a run.
-        places: image files and folders of them.
+        places: image files, folders of them, videos.
         top: so many classes an image.
         weights: `pretrained` or a file.
         num_classes: of its outputs; its own default where None.
@@ -140,10 +141,10 @@ def _answers(model: Model, images: Mapping[Path, Tensor], top: int, device: torc
 
 
 def files(places: Sequence[Path]) -> list[Path]:
-    """Return the image files that places stand for, each once.
+    """Return the image files that places stand for, each once; of a video its frames.
 
     Raises:
-        UserError: if a place does not exist or holds no image.
+        UserError: if a place does not exist or holds no image, or a video cannot be read.
     """
     return list(dict.fromkeys(path for place in places for path in _below(place)))
 
@@ -157,7 +158,7 @@ def _below(place: Path) -> list[Path]:
         return found
     if not place.exists():
         raise UserError(f"no file or folder {place}")
-    return [place]
+    return frames_of(place) if is_video(place) else [place]
 
 
 def _change(model: Model, name: str, image_size: int | None) -> Any:

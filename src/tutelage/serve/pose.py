@@ -12,13 +12,13 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tutelage.data.video import decoded, is_video
 from tutelage.functional import openpose
 from tutelage.serve import simcc, yolox
 
@@ -27,7 +27,6 @@ Array = NDArray[np.floating]
 #: this library exports, any other name what others publish.
 Pixels = Literal["auto", "unit", "normalised"]
 IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
-VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 COLOURS = ((255, 0, 0), (255, 160, 0), (220, 255, 0), (0, 220, 80), (0, 200, 255), (60, 60, 255), (200, 0, 255))
 PROVIDERS = ("CUDAExecutionProvider", "CPUExecutionProvider")  # the first that is there
 SHOWN = 0.3  # score from which a point is drawn
@@ -231,8 +230,8 @@ def frames(place: Path) -> Iterator[tuple[str, NDArray[np.uint8]]]:
     """
     from PIL import Image
 
-    if place.is_file() and place.suffix.lower() in VIDEOS:
-        yield from _video(place)
+    if is_video(place):
+        yield from ((f"{place.stem}-{number:06d}", image) for number, image in enumerate(decoded(place)))
         return
     files = sorted(one for one in place.iterdir() if one.suffix.lower() in IMAGES) if place.is_dir() else [place]
     if not files or not files[0].is_file():
@@ -243,16 +242,6 @@ def frames(place: Path) -> Iterator[tuple[str, NDArray[np.uint8]]]:
                 yield file.stem, np.asarray(found.convert("RGB"))
         except OSError as error:
             print(f"{file}: {error}: left out", file=sys.stderr)
-
-
-def _video(place: Path) -> Iterator[tuple[str, NDArray[np.uint8]]]:
-    try:
-        av: Any = import_module("av")
-    except ImportError:
-        raise ValueError(f"{place}: reading videos needs PyAV (pip install av), or a folder of its frames") from None
-    with av.open(str(place)) as container:
-        for number, frame in enumerate(container.decode(video=0)):
-            yield f"{place.stem}-{number:06d}", frame.to_ndarray(format="rgb24")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
