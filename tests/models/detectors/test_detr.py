@@ -126,6 +126,14 @@ def test_taps_are_what_the_roles_say() -> None:
     assert taken["hidden[1]"].shape == (2, 20, 32)
 
 
+def test_one_map_is_the_whole_pyramid() -> None:
+    model = made("detr")
+    recorder = Recorder(model.module, model.roles)
+    with recorder:
+        model(pictures(2)[0])
+    assert recorder.release()["fpn[0]"].shape == (2, 32, 2, 2)
+
+
 def test_weights_of_a_folder(tmp_path: Path) -> None:
     model = made("rt_detr")
     model.module.net.save_pretrained(tmp_path)

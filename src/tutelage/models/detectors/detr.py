@@ -32,6 +32,8 @@ WHOLE = 4  # dimensions of the answers of all layers
 BACKBONE = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs")
 #: Where the maps of several sizes go into encoder or decoder, whichever a type has.
 MAPS = ("decoder_input_proj", "encoder_input_proj", "input_proj")
+#: Where the one map goes in of those that see no other.
+MAP = "input_projection"
 
 
 @final
@@ -212,6 +214,8 @@ class Transformer(nn.Module):
         if maps is not None:
             for level in range(len(getattr(home, maps))):
                 found[f"fpn[{level}]"] = Tap(f"net.model.{maps}.{level}")
+        elif isinstance(getattr(home, MAP, None), nn.Conv2d):
+            found["fpn[0]"] = Tap(f"net.model.{MAP}")
         for number, path in enumerate(self.layers):
             found[f"hidden[{number}]"] = Tap(f"hidden.{number}" if self.noisy else path)
         return found
