@@ -76,15 +76,16 @@ def test_a_students_answers_are_drawn_at_the_size_of_the_image(tmp_path: Path) -
         assert picture.convert("RGB").getcolors() != [(1200, (120, 120, 120))]
 
 
-def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["cirkd", "skd"])
+def test_a_stopped_run_goes_on_with_the_same_bits(tmp_path: Path, method: str) -> None:
     words = {"steps": 4, "decay": "poly", "log_every": 1, "save_every": "2 steps"}
-    whole = distill(recipe(OBJECTIVES["cirkd"], train=words), tmp_path / "whole", quiet=True)
-    part = distill(recipe(OBJECTIVES["cirkd"], train=words), tmp_path / "part", quiet=True)
+    whole = distill(recipe(OBJECTIVES[method], train=words), tmp_path / "whole", quiet=True)
+    part = distill(recipe(OBJECTIVES[method], train=words), tmp_path / "part", quiet=True)
     for name in ("result.json", "student.safetensors", "student.json"):
         (tmp_path / "part" / name).unlink()
     newest = sorted((tmp_path / "part" / "checkpoints").iterdir())
     newest[-1].unlink()
-    again = distill(recipe(OBJECTIVES["cirkd"], train=words), tmp_path / "part", quiet=True)
+    again = distill(recipe(OBJECTIVES[method], train=words), tmp_path / "part", quiet=True)
     assert again.scores == part.scores == whole.scores
     one, other = (found.student.module.state_dict() for found in (whole, again))
     assert all(torch.equal(one[key], other[key]) for key in one)

@@ -1,34 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 import re
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from golden_answer import with_gradients
 from method_case import MethodCase, gaussian
 from oracles import skd as oracle
 from peak import peak
-from tutelage.core import Facts, Signals
+from tutelage.core import Draw, Facts, Signals
 from tutelage.core.error import UserError
 from tutelage.functional import block
-from tutelage.methods.segmentation.skd import SKD, Form, regions, skd
+from tutelage.methods.segmentation.skd import CARD, SKD, Discriminator, Form, SelfAttention, adversary, regions, skd
 
 Arrays = dict[str, NDArray[Any]]
 FORMS: dict[Form, str] = {"mean": "mean", "sum": "code"}  # ours, the oracle's
 UNIT: dict[str, Any] = {"lambda_pixel": 1.0, "lambda_pair": 1.0}
+SMALL: dict[str, Any] = {"conditional": False, "discriminator_width": 4}  # a case has no images
 
 
 def case(**options: Any) -> MethodCase:
     return MethodCase(
-        term=lambda: SKD(**options),
-        student=lambda seed: gaussian(seed, {"logits": (6, 5, 4, 4), "map": (6, 3, 6, 6)}),
-        teacher=lambda seed: gaussian(seed + 1000, {"logits": (6, 5, 4, 4), "map": (6, 4, 6, 6)}, 2.0),
+        term=lambda: SKD(**{**SMALL, **options}),
+        student=lambda seed: gaussian(seed, {"logits": (6, 5, 8, 8), "map": (6, 3, 6, 6)}),
+        teacher=lambda seed: gaussian(seed + 1000, {"logits": (6, 5, 8, 8), "map": (6, 4, 6, 6)}, 2.0),
     )
 
 
@@ -65,7 +68,7 @@ def golden(claim: str, arrays: Arrays, meta: dict[str, Any]) -> dict[str, Any]:
                 "map": torch.tensor(arrays["t_feat"], dtype=dtype),
             },
         )
-        term = SKD(pool_scale=meta["pool_scale"], form="sum", **UNIT)
+        term = SKD(pool_scale=meta["pool_scale"], form="sum", lambda_holistic=0, **UNIT)
         parts = case().outcome(term, *sides, case().batch()).parts
         found = {"loss": parts["pair"], "loss_pixelwise": parts["pixel"]}
         answer |= with_gradients(found, free, arrays) if not suffix else {f"{n}_f32": v for n, v in found.items()}
@@ -132,7 +135,193 @@ def test_the_gradient_of_the_pairs_takes_the_length_for_constant() -> None:
     torch.testing.assert_close(found, torch.autograd.grad(with_fixed_length(student), student)[0])
 
 
+def layers_of(critic: Discriminator) -> list[tuple[str, dict[str, NDArray[Any]]]]:
+    """The discriminator's layers as the oracle takes them."""
+    found = []
+    for layer in critic.layers:
+        weights = {name: one.detach().numpy() for name, one in layer.named_parameters()}
+        if isinstance(layer, SelfAttention):
+            found.append(("attention", weights))
+        elif weights:
+            found.append(("last" if layer is critic.layers[-1] else "conv", weights))
+    return found
+
+
+def critic_of(channels: int, grid: tuple[int, int], width: int = 2, seed: int = 0) -> Discriminator:
+    torch.manual_seed(seed)
+    critic = Discriminator(channels, grid, width).double()
+    with torch.no_grad():
+        for layer in critic.layers:
+            if isinstance(layer, SelfAttention):
+                layer.gamma.fill_(0.7)
+    return critic
+
+
+@pytest.mark.parametrize(
+    ("grid", "kinds"),
+    [
+        pytest.param((3, 5), ["last"], id="smaller than a kernel"),
+        pytest.param((8, 9), ["conv", "attention", "last"], id="halved once"),
+        pytest.param((33, 34), ["conv", "conv", "attention", "conv", "attention", "last"], id="halved three times"),
+    ],
+)
+@pytest.mark.parametrize("shown", [False, True])
+def test_the_discriminator_equals_the_loops(grid: tuple[int, int], kinds: list[str], shown: bool) -> None:
+    critic = critic_of(5 if shown else 2, grid)
+    drawn = gaussian(1, {"scores": (2, 2, *grid), "image": (2, 3, *grid)})
+    scores, image = (drawn[name].double() for name in ("scores", "image"))
+    layers = layers_of(critic)
+    assert [kind for kind, _ in layers] == kinds
+    found = critic.judge(image if shown else None, learns=True)(scores)
+    expected = oracle.judged(scores.numpy(), layers, image.numpy() if shown else None)
+    np.testing.assert_allclose(found.detach().numpy(), expected, rtol=1e-10)
+
+
+def test_the_published_grid_is_halved_four_times() -> None:
+    with torch.device("meta"):
+        critic = Discriminator(19 + 3, (65, 65))
+    widths = [layer.out_channels for layer in critic.layers if isinstance(layer, nn.Conv2d)]
+    assert widths == [64, 128, 256, 512, 1]
+    assert critic(torch.zeros(2, 19, 65, 65, device="meta"), torch.zeros(2, 3, 65, 65, device="meta")).shape == (2,)
+
+
+def test_the_adversary_equals_the_loops() -> None:
+    critic = critic_of(2, (8, 8))
+    drawn = gaussian(2, {"s": (3, 2, 8, 8), "t": (3, 2, 8, 8)})
+    student, teacher = (value.double() for value in drawn.values())
+    share = torch.rand(3, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    layers = layers_of(critic)
+    parts = adversary(student, teacher, share, critic, critic, lambda_holistic=0.5, lambda_penalty=3.0)
+    own, goal, draws = (one.numpy() for one in (student, teacher, share))
+    expected = oracle.adversary(own, goal, draws, lambda x: oracle.judged(x, layers), 3.0, 1e-5)
+    assert parts["holistic"].item() == pytest.approx(0.5 * expected[0], rel=1e-10)
+    assert parts["discriminator"].item() == pytest.approx(0.5 * expected[1], rel=1e-6)
+
+
+def test_the_penaltys_gradient_is_that_of_a_gradient_of_a_gradient() -> None:
+    critic = critic_of(2, (8, 8))
+    drawn = gaussian(4, {"s": (2, 2, 8, 8), "t": (2, 2, 8, 8)})
+    student, teacher = (value.double() for value in drawn.values())
+    share = torch.tensor([[0.25], [0.75]], dtype=torch.float64)
+    between = (share[..., None, None] * teacher + (1 - share[..., None, None]) * student).requires_grad_()
+    inner = torch.autograd.grad(critic(between).sum(), between, create_graph=True)[0]
+    penalty = (inner.flatten(1).norm(dim=1) - 1).square().mean()
+    plain = critic(student).mean() - critic(teacher).mean() + 10 * penalty
+    judges = critic.judge(None, learns=False), critic.judge(None, learns=True)
+    found = adversary(student, teacher, share, *judges, lambda_holistic=1.0)["discriminator"]
+    torch.testing.assert_close(found, plain)
+    weights = list(critic.parameters())
+    for one, other in zip(torch.autograd.grad(found, weights), torch.autograd.grad(plain, weights), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradcheck_of_the_discriminator() -> None:
+    critic = critic_of(1, (4, 4))
+    drawn = gaussian(5, {"s": (2, 1, 4, 4), "t": (2, 1, 4, 4)})
+    student, teacher = (value.double() for value in drawn.values())
+    share = torch.full((2, 1), 0.5, dtype=torch.float64)
+    last = critic.layers[-1]
+    assert isinstance(last, nn.Conv2d)
+
+    def loss(weight: Tensor, scores: Tensor) -> Tensor:
+        def judge(x: Tensor) -> Tensor:
+            return F.conv2d(x.tanh(), weight).mean((1, 2, 3))
+
+        parts = adversary(scores, teacher, share, judge, judge)
+        return parts["discriminator"]
+
+    weight = last.weight.detach().requires_grad_()
+    assert torch.autograd.gradcheck(lambda one: loss(one, student), weight)
+    free = student.requires_grad_()
+    assert torch.autograd.grad(loss(weight, free), free, allow_unused=True)[0] is None
+
+
 # limits and identities
+
+
+def test_student_and_discriminator_learn_from_their_own_part_alone() -> None:
+    student, teacher = case().tensors()
+    term = case().built()
+    parts = case().outcome(term, student, teacher, case().batch()).parts
+    assert list(parts) == ["pixel", "pair", "holistic", "discriminator"]
+    weights = list(term.parameters())
+    for part, own, others in (
+        ("holistic", [student["logits"]], weights),
+        ("discriminator", weights, [student["logits"], student["map"]]),
+    ):
+        found = torch.autograd.grad(parts[part], [*own, *others], retain_graph=True, allow_unused=True)
+        assert all(one is not None for one in found[: len(own)])
+        assert any(one is not None and one.any() for one in found[: len(own)])
+        assert all(one is None for one in found[len(own) :])
+
+
+def test_the_discriminator_tells_the_models_apart_and_the_student_follows() -> None:
+    torch.manual_seed(0)
+    term = case(lambda_pixel=0.0, lambda_pair=0.0, lambda_holistic=1.0).built()
+    student = torch.zeros(6, 5, 8, 8, requires_grad=True)
+    teacher = {"logits": torch.full((6, 5, 8, 8), 1.0), "map": torch.zeros(6, 4, 6, 6)}
+    features = torch.zeros(6, 3, 6, 6)
+    apart = []
+    for turns, groups in ((60, term.param_groups()), (60, [{"params": [student]}])):
+        optimizer = torch.optim.Adam([{**group, "lr": 0.02} for group in groups])
+        for step in range(turns):
+            optimizer.zero_grad()
+            sides = case().signals({"logits": student, "map": features}), case().signals(teacher)
+            share = term.draw(*sides, case().batch(), Draw(0, step, "skd"))
+            torch.stack(list(term(*sides, case().batch(), share).values())).sum().backward()
+            optimizer.step()
+        judge = term.discriminator.judge(None, learns=False)  # type: ignore[operator, union-attr]
+        apart.append((judge(teacher["logits"]) - judge(student.detach())).mean().item())
+    assert apart[0] > 0.5
+    assert apart[1] < apart[0]
+    assert student.detach().mean() > 0.1
+
+
+def test_the_discriminator_is_shown_the_image() -> None:
+    shown = case(conditional=True)
+    student, teacher = shown.tensors()
+    values = []
+    for level in (0.0, 1.0):
+        batch = replace(case().batch(), inputs=torch.full((6, 3, 16, 16), level))
+        values.append(shown.outcome(shown.built(), student, teacher, batch).parts)
+    assert values[0]["holistic"] != values[1]["holistic"]
+    assert torch.equal(values[0]["pixel"], values[1]["pixel"])
+    with pytest.raises(
+        UserError, match=r"^skd shows its discriminator images \[B, 3, H, W\], and the batch has \[6, 1\]"
+    ):
+        shown.outcome(shown.built(), student, teacher, case().batch())
+
+
+def test_without_the_holistic_part_there_is_no_discriminator() -> None:
+    bare = case(lambda_holistic=0)
+    term = bare.built()
+    assert not list(term.parameters())
+    assert list(bare.outcome(term, *bare.tensors(), bare.batch()).parts) == ["pixel", "pair"]
+
+
+@pytest.mark.parametrize("name", ["learns", "half_precision", "autocast"])
+def test_without_it_the_contract_of_plain_terms_holds(name: str) -> None:
+    from test_contract import CHECKS, Method
+
+    here = case(lambda_holistic=0)
+    CHECKS[name](Method("skd", CARD, here))
+
+
+def test_the_discriminator_has_a_rate_of_its_own() -> None:
+    (group,) = case().built().param_groups()
+    assert group["lr"] == 4e-4
+    (plain,) = case(discriminator_lr=None).built().param_groups()
+    assert "lr" not in plain
+    assert not case(lambda_holistic=0).built().param_groups()
+
+
+def test_maps_too_small_for_the_discriminator() -> None:
+    student, teacher = case().tensors()
+    assert teacher is not None
+    one, other = ({**side, "logits": side["logits"][..., :6]} for side in (student, teacher))
+    said = "skd: the discriminator was made for score maps of at least 8 places a side, and meets 8x6"
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        case().outcome(case().built(), one, other, case().batch())
 
 
 def test_the_pixel_part_is_the_divergence_and_the_teachers_entropy() -> None:
@@ -251,6 +440,9 @@ def test_maps_that_do_not_fit() -> None:
         ({"form": "code"}, "form 'code' is not known; valid: mean, sum"),
         ({"pool_scale": 0}, "pool_scale is a share in (0, 1], not 0"),
         ({"pool_scale": 2}, "pool_scale is a share in (0, 1], not 2"),
+        ({"lambda_holistic": -1}, "lambda_holistic is at least 0, not -1"),
+        ({"discriminator_width": 0}, "discriminator_width is at least 1, not 0"),
+        ({"discriminator_lr": 0}, "discriminator_lr must be > 0, not 0"),
     ],
 )
 def test_options(options: dict[str, Any], said: str) -> None:
