@@ -9,6 +9,7 @@ import pytest
 
 from tiny_recipe import recipe, tree, tutelage
 from tutelage.models import names as names_module
+from tutelage.models.source import listed
 from tutelage.report.number import TIMES
 from tutelage.run import doctor as doctor_module
 
@@ -20,16 +21,55 @@ CAPSYS = pytest.CaptureFixture[str]
 
 def test_own_models_come_first(capsys: CAPSYS) -> None:
     told = tutelage(capsys, "models", "resnet20")
-    assert told.out[0] == "tutelage:resnet20"
+    assert told.out[:2] == ["classification", "  tutelage:resnet20  A residual network of 6n + 2 layers"]
     told = tutelage(capsys, "models", "resnet18")
-    assert "timm:resnet18" in told.out
-    assert told.out[-1] == "torchvision:resnet18"
+    assert "  timm:resnet18" in told.out
+    assert told.out[-1] == "  torchvision:resnet18"
 
 
 def test_a_pattern_may_be_a_part_or_the_whole_or_ask_one_source(capsys: CAPSYS) -> None:
-    assert tutelage(capsys, "models", "timm:test_vit?").out == [f"timm:test_vit{n}" for n in "234"]
-    assert set(tutelage(capsys, "models", "torchvision:").out) > {"torchvision:resnet18", "torchvision:vit_b_16"}
-    assert tutelage(capsys, "models", "TUTELAGE:resnet14", "--json").document == ["tutelage:resnet14"]
+    assert tutelage(capsys, "models", "timm:test_vit?").out[1:] == [f"  timm:test_vit{n}" for n in "234"]
+    assert set(tutelage(capsys, "models", "torchvision:").out) > {"  torchvision:resnet18", "  torchvision:vit_b_16"}
+    (one,) = tutelage(capsys, "models", "TUTELAGE:resnet14", "--json").document
+    assert (one["name"], one["task"]) == ("tutelage:resnet14", "classification")
+
+
+def test_every_task_has_models_and_own_ones_say_what_they_are() -> None:
+    found = list(names_module.names())
+    assert list(dict.fromkeys(one.task for one in found)) == list(names_module.TASKS)
+    own = {(one.task, one.name): one.what for one in found if one.name.startswith("tutelage:")}
+    assert all(own.values())
+    for task, folder in (("detection", "detectors"), ("segmentation", "segmenters"), ("pose", "poses")):
+        assert {name for home, name in own if home == task} == {f"tutelage:{name}" for name in listed(folder)}
+    assert {task for task, _ in own} == {"classification", "detection", "segmentation", "pose"}
+
+
+def test_models_of_one_task(capsys: CAPSYS) -> None:
+    told = tutelage(capsys, "models", "--task", "segmentation")
+    assert told.out[0] == "segmentation"
+    assert {line.split()[0] for line in told.out[1:]} > {
+        *("tutelage:pspnet", "timm:NAME", "torchvision:lraspp_mobilenet_v3_large", "hf:segformer", "hf:mask2former")
+    }
+    told = tutelage(capsys, "models", "retinanet", "--task", "detection")
+    assert [line.split()[0] for line in told.out[1:]] == [
+        *("tutelage:retinanet", "torchvision:retinanet_resnet50_fpn", "torchvision:retinanet_resnet50_fpn_v2")
+    ]
+    assert "bert" in "".join(tutelage(capsys, "models", "hf:bert", "--task", "language").out)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["--task", "poses"], "tutelage: no models for a task 'poses'; did you mean pose?"),
+        (
+            ["yolox_q", "--task", "detection"],
+            "tutelage: no model for detection matches 'yolox_q'; did you mean yolox_x?",
+        ),
+    ],
+)
+def test_no_model_of_a_task(capsys: CAPSYS, asked: list[str], said: str) -> None:
+    told = tutelage(capsys, "models", *asked)
+    assert (told.code, told.err) == (2, [said])
 
 
 def test_no_model_matches(capsys: CAPSYS) -> None:
