@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from models.detectors.test_detr import KINDS
+from models.detectors.tiny_detr import KINDS
 from models.test_segmentation import MASK2FORMER, SEGFORMER, UPERNET
 from tutelage.core import Model
 from tutelage.models.load import load, rebuild

@@ -4,7 +4,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, ClassVar, Protocol, final
 
 import torch
 from torch import Tensor
@@ -15,6 +15,10 @@ from tutelage.core.batch import Frame
 from tutelage.core.error import UserError, check_words, nearest
 from tutelage.data.annotations import Annotated, Table, Troubles, encoded, size_of
 from tutelage.data.folder import read_image
+from tutelage.data.loader import UNREADABLE
+from tutelage.data.mosaic import MixUp, Mosaic
+from tutelage.data.photometric import HSV, moves_of
+from tutelage.data.record import Record, resized
 from tutelage.data.samples import to_unit
 
 #: Words before the colon of `data.source`.
@@ -22,7 +26,10 @@ KINDS = ("coco", "voc", "yolo", "scenes")
 #: Kinds that come with the package.
 EMBEDDED = ("scenes",)
 #: What may be done to training images, in this order; see `Boxed.seen`.
-AUGMENTATIONS = ("photometric", "zoom_out", "crop", "flip")
+AUGMENTATIONS = ("mosaic", "mixup", "hsv", "photometric", "zoom_out", "crop", "flip")
+#: Those that take other images.
+MIXED: Mapping[str, type[Mosaic] | type[MixUp]] = {"mosaic": Mosaic, "mixup": MixUp}
+TRIES = 15  # to find an image with things in it
 FLIP, ZOOM = 0.5, 0.5  # probabilities
 
 
@@ -80,29 +87,43 @@ class Options:
         return (self.shortest,) if isinstance(self.shortest, int) else tuple(self.shortest)
 
 
-@final
-@dataclass(frozen=True)
-class Record:
-    """One image with its things.
-
-    Args:
-        image: `[3, H, W]` uint8.
-        boxes: `[n, 4]` x1, y1, x2, y2 in its pixels, crowd regions left out.
-        labels: `[n]` int64.
-        masks: `[n, H, W]` bool, or None.
-        truth: the image as it was annotated, in its own pixels.
-    """
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-    masks: Tensor | None
-    truth: Annotated
+class Step(Protocol):
+    """What may be done to a training image, drawn from torch's generator."""
 
     @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) now."""
-        return self.image.shape[1], self.image.shape[2]
+    def others(self) -> int:
+        """How many other images it takes."""
+
+    @property
+    def things(self) -> bool:
+        """Whether these must hold things, if there are any."""
+
+    def __call__(self, record: Record, others: Sequence[Record]) -> Record:
+        """Return the changed image."""
+
+
+@final
+@dataclass(frozen=True)
+class Plain:
+    """A step of torchvision by its word, or new colours.
+
+    Args:
+        word: of `AUGMENTATIONS`.
+        moves: of `hsv`.
+    """
+
+    word: str
+    moves: HSV | None = None
+
+    others: ClassVar[int] = 0
+    things: ClassVar[bool] = False
+
+    def __call__(self, record: Record, others: Sequence[Record]) -> Record:
+        """Return the changed image."""
+        if self.moves is None:
+            return _changed(record, self.word)
+        key = torch.randint(2**62, (1,))
+        return replace(record, image=self.moves(record.image[None], key)[0])
 
 
 @final
@@ -114,14 +135,14 @@ class Boxed:
         table: the images.
         options: how they are resized and padded.
         image_size: (height, width) to which images are stretched; None keeps the ratio of their sides.
-        augment: what is done in training, of `AUGMENTATIONS`.
+        augment: what is done in training, one after the other.
         targets: `[N]` 0, or -1 where an image's boxes are withheld.
     """
 
     table: Table
     options: Options
     image_size: tuple[int, int] | None
-    augment: tuple[str, ...]
+    augment: tuple[Step, ...]
     targets: Tensor
 
     def __len__(self) -> int:
@@ -147,7 +168,7 @@ class Boxed:
 
     def augmented(self, augment: Any) -> "Boxed":
         """Return the same images, changed in training as this `augment` says."""
-        return replace(self, augment=_augment(augment))
+        return replace(self, augment=_augment(augment, self.options, self.image_size))
 
     def model_facts(self) -> dict[str, Any]:
         """Return what a detector must know of the data."""
@@ -171,13 +192,18 @@ class Boxed:
         if tuple(image.shape[1:]) != found.size:
             height, width = image.shape[1:]
             raise ValueError(f"it is {width} x {height}, and annotated as {found.size[1]} x {found.size[0]}")
-        known = ~found.crowd & (self.targets[index] >= 0)
+        labelled = bool(self.targets[index] >= 0)
+        known = ~found.crowd & labelled
         masks = found.masks[known] if self.options.masks else None
-        return Record(image, found.boxes[known], found.labels[known], masks, found)
+        return Record(image, found.boxes[known], found.labels[known], masks, found, labelled)
 
     def seen(self, record: Record, key: int, *, train: bool) -> Record:
         """Return an image as a model sees it, a function of the key.
 
+        - `mosaic`: four images around a point, see `tutelage.data.mosaic.Mosaic`; the others are drawn from the set,
+          annotated ones for an annotated image and the rest for the rest
+        - `mixup`: another image over it, see `tutelage.data.mosaic.MixUp`
+        - `hsv`: hue, saturation and value are moved, see `tutelage.data.photometric.HSV`
         - `photometric`: brightness, contrast, saturation and hue are moved
         - `zoom_out`: the image is laid on a larger ground, half the time
         - `crop`: a part is cut out that overlaps enough with some box (SSD)
@@ -191,11 +217,27 @@ class Boxed:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(key)
             if train:
-                for word in AUGMENTATIONS:
-                    if word in self.augment:
-                        record = _changed(record, word)
+                for step in self.augment:
+                    record = step(record, self._others(record, step))
             size = self._size(record.size, train)
-        return _resized(record, size) if size != record.size else record
+        return resized(record, size)
+
+    def _others(self, record: Record, step: Step) -> list[Record]:
+        """Return other images for a step. One that cannot be read is named when its own turn comes."""
+        if not step.others:
+            return []
+        alike = ((self.targets >= 0) == record.labelled).nonzero().flatten()
+        found = []
+        for _ in range(step.others):
+            for _ in range(TRIES if step.things else 1):
+                index = int(alike[torch.randint(len(alike), ())])
+                if not self.table.images[index].crowd.all():  # of none, all are
+                    break
+            try:
+                found.append(self.read(index))
+            except UNREADABLE:
+                found.append(record)
+        return found
 
     def _size(self, size: tuple[int, int], train: bool) -> tuple[int, int]:
         if self.image_size is not None:
@@ -281,22 +323,6 @@ def _changed(record: Record, word: str) -> Record:
     return replace(record, **plain)
 
 
-def _resized(record: Record, size: tuple[int, int]) -> Record:
-    """Return a record in another size: pixels bilinear, masks by the nearest pixel."""
-    from torchvision.transforms.v2 import functional as change
-
-    scale = torch.tensor([size[1] / record.size[1], size[0] / record.size[0]]).repeat(2)
-    masks = record.masks
-    if masks is not None:
-        masks = (
-            F.interpolate(masks[:, None].float(), size, mode="nearest-exact")[:, 0] > 0
-            if len(masks)
-            else masks.new_zeros(0, *size)
-        )
-    image: Tensor = change.resize(record.image, list(size), antialias=True)
-    return replace(record, image=image, boxes=record.boxes * scale, masks=masks)
-
-
 def read(kind: str, place: str, spec: Any) -> dict[str, Boxed]:
     """Return the sets of a source by split.
 
@@ -313,7 +339,8 @@ def read(kind: str, place: str, spec: Any) -> dict[str, Boxed]:
     troubles = Troubles(f"{kind}:{place}" if place else kind)
     tables = _tables(kind, place, options, troubles)
     troubles.settle(spec.on_error)
-    square, augment = _size(spec.image_size), _augment(spec.augment)
+    square = _size(spec.image_size)
+    augment = _augment(spec.augment, options, square)
     return {
         split: Boxed(table, options, square, augment, torch.zeros(len(table), dtype=torch.long))
         for split, table in tables.items()
@@ -393,14 +420,38 @@ def drawn(number: int, size: int, seed: int, *, held_out: bool) -> Table:
     return Table(tuple(images), THINGS)
 
 
-def _augment(given: Any) -> tuple[str, ...]:
-    """Return the names of augmentations: a flip where nothing is said."""
+def _augment(given: Any, options: Options, square: tuple[int, int] | None) -> tuple[Step, ...]:
+    """Return what is done in training: a flip where nothing is said."""
     if given is None:
-        return ("flip",)
+        given = ["flip"]
     words = [] if given == "none" else [given] if isinstance(given, str) else given
     if not isinstance(words, (list, tuple)):
         raise UserError(f"data.augment: detection takes a list of {', '.join(AUGMENTATIONS)}, not {given!r}")
-    for word in words:
-        if word not in AUGMENTATIONS:
-            raise UserError(f"data.augment: {word!r} is not known in detection{nearest(str(word), AUGMENTATIONS)}")
-    return tuple(words)
+    found: dict[str, Step] = {}
+    for part in words:
+        word, said = (part, {}) if isinstance(part, str) else next(iter(part.items())) if part else ("", {})
+        if word not in AUGMENTATIONS or (not isinstance(part, str) and len(part) > 1):
+            raise UserError(f"data.augment: {part!r} is not known in detection{nearest(str(word), AUGMENTATIONS)}")
+        found[word] = _step(word, said, options, square)
+    return tuple(found[word] for word in AUGMENTATIONS if word in found)
+
+
+def _step(word: str, said: Any, options: Options, square: tuple[int, int] | None) -> Step:
+    if word == "hsv":
+        moves = moves_of(said or True)
+        return Plain(word, HSV(*moves) if moves is not None else None)
+    if word not in MIXED:
+        if said:
+            raise UserError(f"data.augment.{word} takes no option")
+        return Plain(word)
+    make = MIXED[word]
+    if not isinstance(said, Mapping):
+        raise UserError(f"data.augment.{word} takes options by name, not {said!r}")
+    check_words(said, [part.name for part in fields(make)], f"data.augment.{word}")
+    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    if word == "mosaic":
+        side = given.get("size", square or (options.sides[-1] if options.sides else None))
+        if side is None:
+            raise UserError("data.augment.mosaic needs a size: give it, data.image_size or data.detection.shortest")
+        given["size"] = side if isinstance(side, tuple) else (side, side)
+    return make(**given)
