@@ -15,6 +15,8 @@ from tutelage.data.samples import Dense
 from tutelage.data.scenes import Scene
 from tutelage.data.scenes import scenes as drawn_scenes
 from tutelage.data.segmentation import Changes, ClassMaps, Record, changed, images, read, resized
+from tutelage.models.load import load as build
+from tutelage.tasks.segmentation import Segmentation
 
 SCENES: dict[str, Any] = {"scenes": [6, 3], "side": 48}
 
@@ -211,10 +213,15 @@ def test_images_of_which_nothing_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sides", "size", "together"), [((8, 8, 8), None, 3), ((8, 12, 8), None, 1), ((8, 12, 8), 8, 3)]
+    ("sides", "size", "together"),
+    [
+        pytest.param((8, 8, 8, 8), None, [[0, 1, 2], [3]], id="one size"),
+        pytest.param((8, 12, 8, 12, 8, 8), None, [[0, 2, 4], [5], [1, 3]], id="two sizes"),
+        pytest.param((8, 12, 8, 12), 8, [[0, 1, 2], [3]], id="brought to one size"),
+    ],
 )
-def test_images_of_several_sizes_are_scored_one_at_a_time(
-    tmp_path: Path, sides: tuple[int, ...], size: int | None, together: int
+def test_images_of_several_sizes_are_scored_size_by_size(
+    tmp_path: Path, sides: tuple[int, ...], size: int | None, together: list[list[int]]
 ) -> None:
     for split in ("train", "val"):
         for number, side in enumerate(sides):
@@ -224,10 +231,49 @@ def test_images_of_several_sizes_are_scored_one_at_a_time(
                 Image.new(mode, (side, 8)).save(file)
     section = {"source": f"masks:{tmp_path}", "batch_size": 3, "image_size": size, "segmentation": {"classes": 2}}
     data = load(section, task="segmentation")
-    assert [len(batch) for batch in data.validation.epoch()] == [together] * (3 // together)
+    assert [batch.index.tolist() for batch in data.validation.epoch()] == together
+    assert len(data.validation) == len(together)
     for batch in data.validation.epoch():
         assert batch.frame is not None
         assert batch.frame.image_size.unique(dim=0).tolist() == [list(batch.frame.size)]
+
+
+def test_scores_size_by_size_are_those_of_one_image_at_a_time(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for split in ("train", "val"):
+        for number, side in enumerate((32, 48, 32, 32, 48)):
+            for kind, mode, most in (("images", "RGB", 256), ("masks", "L", 3)):
+                file = tmp_path / kind / split / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                shape = (40, side, 3) if mode == "RGB" else (40, side)
+                Image.fromarray(torch.randint(0, most, shape, dtype=torch.uint8).numpy(), mode).save(file)
+    section = {"source": f"masks:{tmp_path}", "segmentation": {"classes": 3}}
+    network = build({"model": "tutelage:pspnet", "backbone": "tiny8", "width": 8}, num_classes=3, task="segmentation")
+    network.module.eval()
+    task = Segmentation(3)
+    found = []
+    for size in (1, 2):
+        loader = load({**section, "batch_size": size}, task="segmentation").validation
+        with torch.no_grad():
+            found.append(task.score([(task.answer(network, batch), batch) for batch in loader.epoch()]))
+        assert len(loader) == (5 if size == 1 else 3)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_an_image_that_cannot_be_read_is_scored_with_others_that_can(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for number, side in enumerate((8, 12, 8)):
+            for kind, mode in (("images", "RGB"), ("masks", "L")):
+                file = tmp_path / kind / split / f"{number}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                Image.new(mode, (side, 8)).save(file)
+    section = {"source": f"masks:{tmp_path}", "on_error": "skip", "segmentation": {"classes": 2}}
+    loader = load(section, task="segmentation").validation
+    (tmp_path / "images" / "val" / "2.png").write_bytes(b"no image")
+    samples: Any = loader.samples
+    assert [rows.tolist() for rows in samples.together(8)] == [[0, 2], [1]]
+    assert [batch.index.tolist() for batch in loader.epoch()] == [[0], [1]]
+    assert list(loader.skipped) == [str(tmp_path / "images" / "val" / "2.png")]
 
 
 def table(size: tuple[int, int] = (4, 6)) -> Any:

@@ -329,7 +329,14 @@ def load(
     plain = None if dense else augment.build(section.augment, train=False, size=section.image_size)
     alike: dict[str, Any] = {"seed": seed, "workers": section.workers, "on_error": section.on_error}
     held_out = {  # read whole by every rank: a score needs all answers
-        name: Loader(sets[name], _scored_together(sets[name], section), train=False, transform=plain, **alike)
+        name: Loader(
+            sets[name],
+            section.batch_size,
+            train=False,
+            transform=plain,
+            batches=_scored_together(sets[name], section),
+            **alike,
+        )
         for name in ("validation", "test")
         if name in sets
     }
@@ -378,9 +385,11 @@ def _late(spec: Spec, train: Samples) -> Late | None:
         raise UserError(f"data.augment_late: {str(error).removeprefix('data.')}") from error
 
 
-def _scored_together(samples: Samples, spec: Spec) -> int:
-    """Return how many images are scored at once: one where its padding would hang on its neighbours' sizes."""
-    return 1 if getattr(samples, "padded", False) else spec.batch_size
+def _scored_together(samples: Samples, spec: Spec) -> tuple[Tensor, ...] | None:
+    """Return which images are scored at once where padding would hang on its neighbours' sizes: those of one size."""
+    together = getattr(samples, "together", None)
+    found: tuple[Tensor, ...] | None = together(spec.batch_size) if callable(together) else None
+    return found
 
 
 def _dense(task: str, spec: Spec) -> Sets:

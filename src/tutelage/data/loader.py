@@ -97,6 +97,8 @@ class Loader:
         world_size: number of processes.
         replay: the views that are seen in training, in the place of new ones every epoch.
         late: what is seen in the last epochs; which these are hangs on `epochs`, the length of the run.
+        batches: places of the samples of each batch, in the place of so many at a time in their order; not for
+            training.
 
     Raises:
         UserError: if no batch can be formed, or if what is replayed would be mixed.
@@ -129,6 +131,7 @@ class Loader:
         world_size: int = 1,
         replay: Replay | None = None,
         late: Late | None = None,
+        batches: Sequence[Tensor] | None = None,
     ) -> None:
         if batch_size < 1:
             raise UserError(f"data.batch_size must be at least 1, not {batch_size}")
@@ -161,6 +164,9 @@ class Loader:
                 f"data: {len(self.pool)} samples make no batch of {batch_size} for {world_size} processes; "
                 "lower data.batch_size or give more samples"
             )
+        self.batches = batches
+        if batches is not None:
+            self._steps = len(batches)
         self._known: tuple[int, Tensor] | None = None
         self._reader: DataLoader[Fetched] | None = None
         self._plan = Plan()
@@ -231,6 +237,8 @@ class Loader:
 
     def _places(self, epoch: int, position: int) -> tuple[Tensor, Tensor]:
         """Return the sample ids `[B]`, and which view of each it is: in its epoch, or of those replayed."""
+        if self.batches is not None:
+            return self.batches[position], torch.zeros_like(self.batches[position])
         span = slice(position * self.fresh, (position + 1) * self.fresh)
         ids = self.pool[self._order(epoch)[span]]
         repeat = torch.arange(span.start, span.start + len(ids)) % self.repeats

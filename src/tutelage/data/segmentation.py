@@ -2,7 +2,6 @@
 """Images with a class for every pixel, changed together with them; pixels that are ignored are -1 from here on."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
@@ -447,19 +446,28 @@ class ClassMaps:
         """Return the path of the image, or the set and the number."""
         return self.source.name(int(self.place[index]))
 
-    @property
-    def padded(self) -> bool:
-        """Whether images of a batch have several sizes: padding then has a part in what is said of them."""
-        if self.size is not None:
-            return False
-        sizes = self._sizes()
-        first = next(sizes, None)
-        return any(size != first for size in sizes)
+    def together(self, most: int) -> tuple[Tensor, ...] | None:
+        """Return the images of each batch that is scored: of one size, since padding has a part in what is said.
 
-    def _sizes(self) -> Iterator[tuple[int, int]]:
-        for place in self.place.tolist():
-            with suppress(*UNREADABLE):  # such an image is named when its batch is read
-                yield self.source.size(place)
+        Args:
+            most: in a batch.
+
+        Returns:
+            Places in this set, or None where all images have one size and may come as they are.
+        """
+        if self.size is not None:
+            return None
+        groups: dict[tuple[int, int], list[int]] = {}
+        lost: list[int] = []
+        for index, place in enumerate(self.place.tolist()):
+            try:
+                groups.setdefault(self.source.size(place), []).append(index)
+            except UNREADABLE:  # such an image is named when its batch is read
+                lost.append(index)
+        if len(groups) < 2:
+            return None
+        next(iter(groups.values())).extend(lost)
+        return tuple(batch for rows in groups.values() for batch in torch.tensor(rows).split(most))
 
     def keep(self, index: Tensor) -> "ClassMaps":
         """Return the set of these samples, in this order."""
