@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
 import logging
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,8 +14,10 @@ from torch import Tensor
 
 from tutelage.core.error import UserError
 from tutelage.core.keypoints import BODY, WHOLEBODY
+from tutelage.data.annotations import Troubles
 from tutelage.data.load import Spec, load
 from tutelage.data.people import FIELDS, detections, files_of
+from tutelage.data.people import read as read_people
 from tutelage.data.pose import Changes, Record, crop, images
 from tutelage.functional.noise import mix
 from tutelage.run.recipe import load as load_recipe
@@ -102,6 +107,12 @@ def test_a_whole_body_and_frames_of_videos_are_read(tmp_path: Path) -> None:
         ({"bbox": [1, 5, 0, 45]}, "1 boxes without area (first annotation 5)"),
         ({"bbox": [60, 5, 30, 45]}, "1 boxes over an edge (first annotation 5)"),
         ({"bbox": None}, "1 people without a box (first annotation 5)"),
+        ({"bbox": ["a", 5, 30, 45]}, "1 boxes that are no numbers (first annotation 5)"),
+        ({"bbox": [float("nan")] * 4}, "1 boxes that are no numbers (first annotation 5)"),
+        ({"keypoints": ["a"] * 51}, "1 keypoints that are no numbers (first annotation 5)"),
+        ({"area": float("nan")}, "1 people whose area is no positive number (first annotation 5)"),
+        ({"area": -3}, "1 people whose area is no positive number (first annotation 5)"),
+        ({"area": "large"}, "1 people whose area is no positive number (first annotation 5)"),
     ],
 )
 def test_bad_annotations_are_named_or_skipped(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -113,6 +124,7 @@ def test_bad_annotations_are_named_or_skipped(tmp_path: Path, change: dict[str, 
     kept = read(root, on_error="skip")
     over = "over an edge" in said  # such a box is cut
     assert len(kept.train.samples) + len(kept.validation.samples) == 2 + over
+    assert bool(torch.isfinite(kept.train.samples.people.area).all())
 
 
 def test_people_without_a_visible_keypoint_are_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -160,7 +172,7 @@ def test_missing_sigmas_and_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no json file with train and keypoints"):
         files_of(tmp_path / "nothing", "coco")
     file.write_text("{}")
-    with pytest.raises(UserError, match="is no json of COCO: it has no 'annotations'"):
+    with pytest.raises(UserError, match="is no json of COCO: it has no list of annotations"):
         read(root)
     with pytest.raises(UserError, match=r"data\.source: no file or folder"):
         read(tmp_path / "nowhere")
@@ -249,6 +261,110 @@ def test_labels_can_be_withheld() -> None:
     assert load(given, task="pose").model_facts()["geometry"]["num_keypoints"] == len(WHOLEBODY)
 
 
+# --- files ---------------------------------------------------------------------------------------------------
+
+
+def changed(root: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """Change what the file of a set says."""
+    file = root / "person_keypoints_train.json"
+    table = json.loads(file.read_text())
+    change(table)
+    file.write_text(json.dumps(table))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ([1], "is no json of COCO: it has no list of annotations"),
+        ({"annotations": [3], "images": []}, "it has no list of annotations"),
+        ({"annotations": [], "images": [{"id": 1}]}, "one of its images has no file_name"),
+        ({"annotations": [{"id": 1}], "images": []}, "one of its annotations has no image_id"),
+        ({"annotations": [{"image_id": 1}], "images": []}, "lists no images"),
+        ({"annotations": [], "images": [{"id": 1, "file_name": "1.jpg"}]}, "holds no annotations"),
+        ("", "is no json: "),
+    ],
+)
+def test_files_that_are_no_annotations_are_named(tmp_path: Path, table: Any, said: str) -> None:
+    root = written(tmp_path, [])
+    (root / "person_keypoints_train.json").write_text(json.dumps(table) if table else "")
+    with pytest.raises(UserError, match=re.escape(said)):
+        read(root)
+
+
+def test_a_size_that_is_missing_is_that_of_the_file_and_a_wrong_one_is_named(tmp_path: Path) -> None:
+    root = written(tmp_path, [person(1, 1), person(2, 2)])
+    changed(root, lambda table: table["images"].__setitem__(0, {**table["images"][0], "height": None}))
+    samples = read(root, validation_share=0.5).train.samples
+    assert samples.people.sizes == ((64, 80), (64, 80))
+    changed(root, lambda table: [image.update(height=640, width=800) for image in table["images"]].clear())
+    with pytest.raises(UserError, match="the image is 80 x 64, and annotated as 800 x 640"):
+        next(read(root, validation_share=0.5).train.epoch(0))
+
+
+def test_images_may_have_names_for_numbers(tmp_path: Path) -> None:
+    root = written(tmp_path, [person(1, 1), person(2, 2)])
+
+    def named(table: dict[str, Any]) -> None:
+        for image, row in zip(table["images"], table["annotations"], strict=True):
+            image["id"] = row["image_id"] = f"image {image['id']}"
+
+    people = read(changed(root, named), validation_share=0.5).train.samples.people
+    assert people.picture_ids == (0, 1)
+
+
+def test_every_tenth_frame_is_one_whose_number_says_so(tmp_path: Path) -> None:
+    root = written(tmp_path, [person(1, 1), person(2, 2)])
+    for interval, ids in ((1, [1, 2]), (2, [2])):
+        found = read_people(root / "person_keypoints_train.json", root, Troubles(""), interval=interval)
+        assert found.image_ids.tolist() == ids
+    with pytest.raises(UserError, match=r"lists no images whose number is a multiple of 10 \(data\.pose\.interval\)"):
+        read_people(root / "person_keypoints_train.json", root, Troubles(""), interval=10)
+
+
+def test_videos_that_ubody_tests_on_are_not_trained_on(tmp_path: Path) -> None:
+    root = tmp_path / "UBody"
+    for number, video in enumerate(("first", "second_Trim1")):
+        place = written(root / "images" / f"talk{number}" / video, [])
+        table = json.loads((place / "person_keypoints_train.json").read_text())
+        for image in table["images"]:
+            image["file_name"] = f"{video}/{image['file_name']}"
+        table["annotations"] = [whole(2 * number + 1, 1), whole(2 * number + 2, 2)]
+        file = root / "annotations" / f"talk{number}" / "keypoint_annotation.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(table))
+    every = {"interval": 1}
+    assert len(read(root, "ubody", validation_share=0.5, pose=every).train.samples) == 2
+    (root / "splits").mkdir()
+    np.save(root / "splits" / "intra_scene_test_list.npy", np.array(["second"]))
+    data = read(root, "ubody", pose=every)
+    for samples, video, ids in (
+        (data.train.samples, "first", [1, 2]),
+        (data.validation.samples, "second_Trim1", [3, 4]),
+    ):
+        assert [Path(name).parent.name for name in samples.people.names] == [video] * 2
+        assert samples.people.ids.tolist() == ids
+    coco = written(tmp_path / "coco", [whole(7, 1), whole(8, 2)], "coco_wholebody_train_v1.0.json")
+    also = read(coco, "wholebody", validation_share=0.4, pose={**every, "also": f"ubody:{root}"})
+    assert len(also.train.samples) + len(also.validation.samples) == 4
+    (root / "splits" / "intra_scene_test_list.npy").write_text("no array")
+    with pytest.raises(UserError, match=r"intra_scene_test_list\.npy cannot be read"):
+        read(root, "ubody", pose=every)
+
+
+def test_some_pictures_are_taken_with_their_people(tmp_path: Path) -> None:
+    crowd = person(9, 2, iscrowd=1, bbox=[1, 1, 70, 60])
+    root = written(tmp_path, [person(1, 1), person(2, 2), person(3, 2), person(4, 1, keypoints=[0.0] * 51), crowd])
+    people = read_people(root / "person_keypoints_train.json", root, Troubles(""))
+    assert people.uncounted.image.tolist() == [0, 1]
+    second = people.within([False, True])
+    assert (second.image.tolist(), second.ids.tolist(), second.picture_ids) == ([0, 0], [2, 3], (2,))
+    assert (second.uncounted.image.tolist(), second.uncounted.boxes.tolist()) == ([0], [[1, 1, 71, 61]])
+    twice = type(people).joined([people, second])
+    assert twice.image.tolist() == [0, 1, 1, 2, 2]
+    assert twice.uncounted.image.tolist() == [0, 1, 2]
+
+
 # --- boxes of a detector -------------------------------------------------------------------------------------
 
 
@@ -279,9 +395,34 @@ def test_boxes_of_a_detector_are_cropped(tmp_path: Path) -> None:
     ]
     (root / "answers.json").write_text(json.dumps(answers))
     assert list(detections(root / "answers.json")) == [(paths[1].stem, [1, 2, 30, 40], 0.7)]
-    (root / "wrong.json").write_text('{"a": 1}')
-    with pytest.raises(UserError, match="is neither COCO results nor a detector's answers"):
-        list(detections(root / "wrong.json"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({"a": 1}, "is neither COCO results nor a detector's answers, both lists of rows"),
+        (["a"], "is neither COCO results nor a detector's answers, both lists of rows"),
+        ([{"image_id": 1, "bbox": [1, 2, 3]}], "row 0 of "),
+        ([{"image_id": 1, "score": 1}], "it has no 'bbox'"),
+        ([{"bbox": [1, 2, 3, 4]}], "it has no 'image_id'"),
+        ([{"image_id": 1, "bbox": [float("nan")] * 4}], "a box or a score is no number"),
+        ([{"image_id": 1, "bbox": [0, 0, float("inf"), 3]}], "a box or a score is no number"),
+        ([{"image_id": 1, "bbox": [0, 0, 3, 3], "score": float("nan")}], "a box or a score is no number"),
+        ([{"image": "a.jpg", "boxes": [[1, 2, 3]]}], "row 0 of "),
+        ([{"image": "a.jpg", "boxes": [[1, 2, 3, 4]], "scores": [1, 1]}], "1 boxes, 1 names and 2 scores"),
+        ([{"boxes": [[1, 2, 3, 4]]}], "it has no 'image'"),
+    ],
+)
+def test_boxes_that_are_none_are_named(tmp_path: Path, rows: Any, said: str) -> None:
+    (tmp_path / "wrong.json").write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=re.escape(said)):
+        list(detections(tmp_path / "wrong.json"))
+
+
+def test_boxes_without_area_are_left_out(tmp_path: Path) -> None:
+    boxes = [[5, 5, 0, 3], [5, 5, -3, 4], [5, 5, 1e-9, 1e-9], [5, 5, 10, 20]]
+    (tmp_path / "boxes.json").write_text(json.dumps([{"image_id": 7, "bbox": box, "score": 0.5} for box in boxes]))
+    assert list(detections(tmp_path / "boxes.json")) == [("7", [5, 5, 15, 25], 0.5)]
 
 
 # --- shipped recipes -----------------------------------------------------------------------------------------

@@ -23,7 +23,17 @@ from tutelage.models.load import load
 from tutelage.run.distill import distill
 from tutelage.run.pictures import draw, task_named
 from tutelage.run.recipe import parse
-from tutelage.tasks.pose import Pose, Scored, Skeletons, average_precision, distinct, oks, person_score, to_openpose
+from tutelage.tasks.pose import (
+    Pose,
+    Scored,
+    Skeletons,
+    _cut_out,
+    average_precision,
+    distinct,
+    oks,
+    person_score,
+    to_openpose,
+)
 
 GOLDEN = ("core/dwpose_openpose_map",)
 
@@ -68,6 +78,11 @@ def people(count: int = 12, keypoints: int = 17, seed: int = 0) -> tuple[Tensor,
     return found, truth, 400 + 3000 * torch.rand(count, generator=generator, dtype=torch.float64)
 
 
+def around(truth: Tensor) -> Tensor:
+    """`[G, 4]` boxes around all points."""
+    return torch.cat([truth[..., :2].amin(1), truth[..., :2].amax(1)], 1).float()
+
+
 def test_similarity_equals_the_loop() -> None:
     found, truth, area = people()
     truth[3, :, 2] = 0
@@ -80,7 +95,7 @@ def test_precision_agrees_with_similarity() -> None:
     found, truth, area = people(40)
     sigmas = torch.tensor(BODY.sigmas)
     images = torch.arange(40)
-    scored = Scored(found.float(), torch.ones(40), images, truth.float(), area.float(), images)
+    scored = Scored(found.float(), torch.ones(40), images, truth.float(), around(truth), area.float(), images)
     near = oks(found, truth, area, sigmas.double())
     scores = average_precision(scored, sigmas)
     recalls = [(near >= threshold).double().mean().item() for threshold in np.arange(0.5, 1, 0.05)]
@@ -107,16 +122,41 @@ def test_parts_are_scored_by_themselves() -> None:
 def test_a_part_that_nobody_shows_scores_nothing_and_no_nan() -> None:
     found, truth, area = (part.float() for part in people(4))
     truth[..., 2] = 0
-    scored = Scored(found, torch.ones(4), torch.arange(4), truth, area, torch.arange(4))
+    scored = Scored(found, torch.ones(4), torch.arange(4), truth, around(truth), area, torch.arange(4))
     assert average_precision(scored, torch.tensor(BODY.sigmas)) == {"ap": 0.0, "ap50": 0.0, "ap75": 0.0, "ar": 0.0}
     assert oks(found, truth, area, torch.tensor(BODY.sigmas)).tolist() == [0.0] * 4
+
+
+def test_an_answer_about_who_shows_nothing_is_neither_right_nor_wrong_near_the_box() -> None:
+    """COCO's rule: within twice the box it does not count; farther away it is wrong."""
+    _, truth, area = (part.float() for part in people(6))
+    boxes, sigmas = around(truth), torch.tensor(BODY.sigmas)
+    points, images = truth[..., :2].clone(), torch.arange(6)
+    truth[:2] = 0  # nothing is known of the first two, as of a foot that nobody annotated
+    scores = torch.tensor([0.9, 0.9, 0.8, 0.8, 0.8, 0.8])
+    near = Scored(points, scores, images, truth, boxes, area, images)
+    assert average_precision(near, sigmas)["ap"] == pytest.approx(1.0)
+    far = replace(near, points=torch.cat([points[:2] + 1000, points[2:]]))
+    assert average_precision(far, sigmas)["ap"] < 0.8
+
+
+def test_who_is_cut_out_larger_is_told_apart_later() -> None:
+    """Distances between two answers are over the crops' size, as published: crops hold more than their boxes."""
+    batch = next(figures(4).validation.epoch(0))
+    height, width = batch.inputs.shape[2:]
+    expected = []
+    for row in range(4):
+        x1, y1, x2, y2 = (1.25 * v for v in batch.extra["box"][row].tolist())
+        wide, tall = x2 - x1, y2 - y1
+        expected.append(max(wide, tall * width / height) * max(tall, wide * height / width))
+    assert _cut_out(batch).tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_of_two_answers_for_one_person_the_worse_goes() -> None:
     _, truth, area = (part.float() for part in people(3))
     twice = torch.cat([truth[..., :2], truth[:1, :, :2] + 0.1])
     scores = torch.tensor([0.5, 0.9, 0.8, 0.7])
-    scored = Scored(twice, scores, torch.tensor([4, 4, 5, 4]), truth, area, torch.tensor([4, 4, 5]))
+    scored = Scored(twice, scores, torch.tensor([4, 4, 5, 4]), truth, around(truth), area, torch.tensor([4, 4, 5]))
     sigmas = torch.tensor(BODY.sigmas)
     stay = distinct(scored, torch.full((4,), 2000.0), sigmas)
     assert stay.tolist() == [1, 3, 2]
@@ -154,6 +194,46 @@ def test_models_are_scored_on_the_boxes_of_a_detector(tmp_path: Path) -> None:
     assert scored(rows[:2])["ar"] == pytest.approx(0.5, abs=0.05)
     with pytest.raises(UserError, match=r"has no box with a score of 0\.3 for the validation images"):
         scored([])
+
+
+def test_a_detector_is_not_blamed_for_crowds_but_for_people_who_are_not_there(tmp_path: Path) -> None:
+    """As COCO's evaluation of a whole split: crowds and people without keypoints do not count, empty images do."""
+    draw = np.random.default_rng(0)
+    points = [[v for x, y in draw.integers(5, 45, (17, 2)).tolist() for v in (x, y, 2)] for _ in range(2)]
+    images = [{"id": n, "file_name": f"{n}.png", "height": 60, "width": 60} for n in (1, 2, 3)]
+    for one in images:
+        Image.new("RGB", (60, 60)).save(tmp_path / str(one["file_name"]))
+    box = [4, 4, 44, 44]
+    rows = [
+        {"id": 1, "image_id": 1, "bbox": box, "area": 900, "keypoints": points[0]},
+        {"id": 2, "image_id": 2, "bbox": box, "area": 900, "keypoints": [0] * 51},
+        {"id": 3, "image_id": 1, "bbox": box, "area": 900, "keypoints": [0] * 51, "iscrowd": 1},
+    ]
+    category = {"id": 1, "name": "person", "keypoints": list(BODY.names), "skeleton": []}
+    for split in ("train", "val"):
+        shown = [*rows, {**rows[0], "id": 4}] if split == "train" else rows
+        table = {"images": images, "annotations": shown, "categories": [category]}
+        (tmp_path / f"person_keypoints_{split}.json").write_text(json.dumps(table))
+
+    def ap(*found: tuple[int, float]) -> float:
+        """Of people found in these images with these scores: the first where he is, the others moved a little."""
+        boxes = [{"image_id": n, "bbox": box, "score": score} for n, score in found]
+        (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+        given = {"source": f"coco:{tmp_path}", "image_size": [64, 48], "batch_size": 2}
+        data = load_data({**given, "pose": {"boxes": str(tmp_path / "boxes.json")}}, task="pose")
+        answers = []
+        for batch in data.validation.epoch(0):
+            moved = (batch.index > 0)[:, None, None] * 9.0
+            places = torch.tensor(points[0]).view(1, 17, 3)[..., :2] + moved
+            matrix = batch.extra["matrix"]
+            inside = torch.linalg.solve(matrix[:, None, :, :2], (places - matrix[:, None, :, 2])[..., None])[..., 0]
+            x, y, _ = encode(inside, torch.ones(inside.shape[:2]), (64, 48), sigma=(2.0, 2.5))
+            answers.append(((x, y), batch))
+        return Pose(17).score(answers)["ap"]
+
+    assert ap((1, 0.5)) > 0.8
+    assert ap((1, 0.5), (1, 0.9), (2, 0.9)) == ap((1, 0.5)), "in the crowd, and on who shows nothing"
+    assert ap((1, 0.5), (3, 0.9)) < 0.6 * ap((1, 0.5)), "where nobody is"
 
 
 # --- loss ----------------------------------------------------------------------------------------------------

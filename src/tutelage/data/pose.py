@@ -5,12 +5,14 @@ The box around a person is enlarged, brought to the crop's aspect ratio and mapp
 scaled, turned, cut to half a body, mirrored and covered at random, all as functions of the key.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +36,8 @@ EMBEDDED = ("figures",)
 #: (height, width) of a crop where nothing is said.
 USUAL, SMALL = (256, 192), (96, 64)
 MOVE, HALF, FLIP, COLOR, ERASE, TINT, SMEAR, MEDIAN = range(1, 9)  # salts: what a random choice is about
+#: UBody's list of the videos that are tested on, below its root.
+UBODY_TEST = "splits/intra_scene_test_list.npy"
 HALF_LEAST = (9, 2, 3)  # visible keypoints of a person, of its upper and of its lower half, for a cut to be made
 UPPER = 0.7  # probability of the upper half
 HALF_PADDING = 1.5
@@ -51,7 +55,7 @@ class Options:
         annotations: json files by split, or one; null looks for them.
         images: folder of the images, null for the usual ones.
         also: further sources that are joined to the training set, such as `ubody:PATH`.
-        interval: of `ubody`, every so many of a video's frames is read.
+        interval: of `ubody`, frames whose number is a multiple of it are read.
         padding: factor on the box around a person.
         boxes: people a detector found, COCO results or the `answers.json` of a detector: models are scored on these
             boxes in the place of the annotated ones, and `tutelage predict` looks for people there; without them it
@@ -263,9 +267,15 @@ class Posed:
 
         Raises:
             OSError: if the image cannot be read.
+            ValueError: if it has another size than its annotation says.
         """
         people = self.people
-        return Record(_pixels(people.pictures[int(people.image[index])]), people.points[index], people.boxes[index])
+        picture = int(people.image[index])
+        image, size = _pixels(people.pictures[picture]), people.sizes[picture]
+        if tuple(image.shape[1:]) != size:
+            height, width = image.shape[1:]
+            raise ValueError(f"the image is {width} x {height}, and annotated as {size[1]} x {size[0]}")
+        return Record(image, people.points[index], people.boxes[index])
 
     def seen(self, record: Record, key: int, *, train: bool) -> Crop:
         """Return the crop around a person; in training changed by the key alone."""
@@ -286,7 +296,10 @@ class Posed:
         if self.truth is None or self.scores is None:
             return batch
         mine = torch.isin(self._bearers, index)
-        words = {"points": "everybody", "area": "everybody_area", "image_ids": "everybody_image"}
+        words = {
+            **{"points": "everybody", "boxes": "everybody_box", "area": "everybody_area"},
+            "image_ids": "everybody_image",
+        }
         there = {name: getattr(self.truth, word)[mine] for word, name in words.items()}
         return replace(batch, extra={**batch.extra, **there, "box_score": self.scores[index]})
 
@@ -612,7 +625,7 @@ def read(kind: str, place: str, spec: Any) -> dict[str, Posed]:
 
 
 def _detected(annotated: Posed, file: str, least: float) -> Posed:
-    """Return a set with the boxes of a detector in the place of the annotated ones.
+    """Return a set with the boxes of a detector in the place of the annotated ones, also in images without people.
 
     Raises:
         UserError: if there are none for these images.
@@ -620,11 +633,10 @@ def _detected(annotated: Posed, file: str, least: float) -> Posed:
     truth = annotated.people
     known = {Path(name).stem: number for number, name in enumerate(truth.names)}
     known |= {stem.lstrip("0"): number for stem, number in known.items() if stem.isdigit()}
-    image_ids = dict(zip(truth.image.tolist(), truth.image_ids.tolist(), strict=True))
     rows = [
         (known[image], box, score)
         for image, box, score in detections(file)
-        if score >= least and known.get(image) in image_ids and box[2] > box[0] and box[3] > box[1]
+        if score >= least and image in known
     ]
     if not rows:
         raise UserError(f"data.pose.boxes: {file} has no box with a score of {least} for the validation images")
@@ -633,14 +645,27 @@ def _detected(annotated: Posed, file: str, least: float) -> Posed:
     people = replace(
         truth,
         image=torch.tensor(image),
-        image_ids=torch.tensor([image_ids[one] for one in image]),
+        image_ids=torch.tensor([truth.picture_ids[one] for one in image]),
         ids=torch.arange(count),
         points=torch.zeros(count, len(truth.layout), 3),
         boxes=boxes,
         area=(boxes[:, 2:] - boxes[:, :2]).prod(1),
     )
     targets = torch.zeros(count, dtype=torch.long)
-    return replace(annotated, people=people, targets=targets, truth=truth, scores=torch.tensor(scores))
+    return replace(annotated, people=people, targets=targets, truth=_everybody(truth), scores=torch.tensor(scores))
+
+
+def _everybody(people: People) -> People:
+    """Return people together with those that do not count, who have no keypoint."""
+    others = people.uncounted
+    count = len(others.image)
+    more = {
+        **{"image": others.image, "boxes": others.boxes, "area": others.area, "ids": torch.full((count,), -1)},
+        "image_ids": torch.tensor([people.picture_ids[one] for one in others.image.tolist()], dtype=torch.long),
+        "points": torch.zeros(count, len(people.layout), 3),
+    }
+    joined: dict[str, Any] = {word: torch.cat([getattr(people, word), found]) for word, found in more.items()}
+    return replace(people, **joined)
 
 
 def _size(spec: Any, kind: str) -> tuple[int, int]:
@@ -667,7 +692,26 @@ def _people(kind: str, place: str, options: Options, on_error: Any) -> dict[str,
         for split, files in files_of(root, kind, options.annotations).items()
     }
     troubles.settle(on_error)
-    return found
+    return _held_out(found["train"], root) if kind == "ubody" else found
+
+
+def _held_out(people: People, root: Path) -> dict[str, People]:
+    """Return UBody's people by split, where its own list of videos to test on is there; else all of them to train on.
+
+    Raises:
+        UserError: if the list cannot be read.
+    """
+    file = root / UBODY_TEST
+    if not file.is_file():
+        logging.getLogger(__name__).info("%s is missing: all videos of UBody are trained on", file)
+        return {"train": people}
+    try:
+        videos = {str(name) for name in np.load(file, allow_pickle=False).tolist()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
+    held = [Path(name).parent.name.partition("_Trim")[0] in videos for name in people.names]
+    parts = {"train": people.within([not one for one in held]), "validation": people.within(held)}
+    return {split: part for split, part in parts.items() if len(part)}
 
 
 def drawn(number: int, options: Options, first: int) -> People:
@@ -679,6 +723,8 @@ def drawn(number: int, options: Options, first: int) -> People:
     return People(
         tuple(found.images),
         tuple(f"figures[{one}]" for one in range(first, first + number)),
+        tuple(range(first, first + number)),
+        (size,) * number,
         chosen,
         first + chosen,
         first + chosen,

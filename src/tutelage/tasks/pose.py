@@ -24,6 +24,8 @@ from tutelage.functional.simcc import decode, decode_dark, encode, simcc_kl, unf
 COUNTED = 0.2
 #: Radius of a drawn point of the body and beyond it, and width of a line, as shares of the image's shorter side.
 POINT, SMALL_POINT, LINE = 0.006, 0.002, 0.005
+#: What a batch says of all people of its images, where the boxes are a detector's.
+EVERYBODY = ("everybody", "everybody_box", "everybody_area", "everybody_image")
 COLOURS = (
     *((255, 0, 0), (255, 128, 0), (255, 220, 0), (128, 255, 0), (0, 220, 0), (0, 255, 160), (0, 220, 255)),
     *((0, 110, 255), (60, 0, 255), (160, 0, 255), (255, 0, 220), (255, 0, 110)),
@@ -288,12 +290,12 @@ class Pose:
             kept, extra = batch.labelled, batch.extra
             detected = "everybody" in extra
             own = person_score(scores)
-            words = ("everybody", "everybody_area", "everybody_image") if detected else ("truth", "area", "image_id")
+            words = EVERYBODY if detected else ("truth", "box", "area", "image_id")
             truth = [extra[word] if detected else extra[word][kept] for word in words]
             given = {
                 **{"points": points[kept], "scores": (own * extra["box_score"] if detected else own)[kept]},
-                **{"images": extra["image_id"][kept], "sizes": extra["area"][kept]},
-                **dict(zip(("truth", "area", "truth_images"), truth, strict=True)),
+                **{"images": extra["image_id"][kept], "sizes": _cut_out(batch)[kept]},
+                **dict(zip(("truth", "boxes", "area", "truth_images"), truth, strict=True)),
             }
             for word, tensor in given.items():
                 rows.setdefault(word, []).append(tensor.cpu())
@@ -368,6 +370,8 @@ class Scored:
         scores: `[M]`.
         images: `[M]` numbers of images.
         truth: `[G, K, 3]` x, y, visibility.
+        boxes: `[G, 4]` x1, y1, x2, y2: an answer about whom nothing is known of counts as neither right nor wrong if it
+            lies near his box.
         area: `[G]` square pixels.
         truth_images: `[G]`.
     """
@@ -376,6 +380,7 @@ class Scored:
     scores: Tensor
     images: Tensor
     truth: Tensor
+    boxes: Tensor
     area: Tensor
     truth_images: Tensor
 
@@ -393,7 +398,7 @@ def distinct(people: Scored, sizes: Tensor, sigmas: Tensor, threshold: float = 0
 
     Args:
         people: found in boxes that may overlap.
-        sizes: `[M]` square pixels of the boxes; distances are over the mean of two.
+        sizes: `[M]` square pixels of what is cut out for each; distances are over the mean of two.
         sigmas: `[K]`.
         threshold: of the similarity, averaged over all keypoints.
 
@@ -425,7 +430,7 @@ def average_precision(people: Scored, sigmas: Tensor) -> dict[str, float]:
     if not shown.any():
         return dict.fromkeys(("ap", "ap50", "ap75", "ar"), 0.0)
     images = [{"id": one} for one in sorted({*people.images.tolist(), *people.truth_images.tolist()})]
-    annotated = _rows(people.truth, people.truth_images, area=people.area, num_keypoints=shown.sum(1))
+    annotated = _rows(people.truth, people.truth_images, people.boxes, area=people.area, num_keypoints=shown.sum(1))
     ones = torch.ones_like(people.points[..., :1])
     answers = _rows(torch.cat([people.points, ones], -1), people.images, score=people.scores)
     tables = []
@@ -444,10 +449,19 @@ def average_precision(people: Scored, sigmas: Tensor) -> dict[str, float]:
     return dict(zip(("ap", "ap50", "ap75", "ar"), numbers, strict=True))
 
 
-def _rows(points: Tensor, images: Tensor, **more: Tensor) -> list[dict[str, Any]]:
-    """Return annotations or answers as COCO writes them."""
+def _cut_out(batch: Batch) -> Tensor:
+    """Return `[B]`, the square pixels of its image that each crop shows."""
+    height, width = batch.inputs.shape[2:]
+    area: Tensor = torch.linalg.det(batch.extra["matrix"][:, :, :2]).abs() * height * width
+    return area
+
+
+def _rows(points: Tensor, images: Tensor, boxes: Tensor | None = None, **more: Tensor) -> list[dict[str, Any]]:
+    """Return annotations or answers as COCO writes them; without boxes, those around the points."""
     flat, image = points.flatten(1).double().tolist(), images.tolist()
-    low, high = points[..., :2].amin(1), points[..., :2].amax(1)
+    if boxes is None:
+        boxes = torch.cat([points[..., :2].amin(1), points[..., :2].amax(1)], 1)
+    low, high = boxes[:, :2], boxes[:, 2:]
     box = torch.cat([low, high - low], 1).tolist()
     size = (high - low).prod(1)
     words = {word: value.tolist() for word, value in {"area": size, **more}.items()}
