@@ -64,9 +64,10 @@ def peaks(x: Array, y: Array, split: float = SPLIT) -> tuple[Array, Array]:
         y: `[P, K, Wy]`.
         split: bins a pixel.
     """
-    place = np.stack([x.argmax(-1), y.argmax(-1)], -1).astype(x.dtype)
-    scores = np.minimum(x.max(-1), y.max(-1))
-    return np.where((scores > 0)[..., None], place, -1) / split, scores
+    bins = [axis.argmax(-1) for axis in (x, y)]
+    tops = [np.take_along_axis(axis, at[..., None], -1)[..., 0] for axis, at in zip((x, y), bins, strict=True)]
+    scores = np.minimum(*tops)
+    return np.where((scores > 0)[..., None], np.stack(bins, -1).astype(x.dtype), -1) / split, scores
 
 
 def to_image(points: Array, centre: Array, sides: Array, size: tuple[int, int]) -> Array:
