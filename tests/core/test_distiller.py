@@ -431,6 +431,51 @@ def test_a_student_lends_nothing() -> None:
         distill(Objective(far=Entry(Borrower(), teacher="student")))
 
 
+class Caller(Term):
+    """Runs a map of the student through a module of whoever stands in the teacher's place."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+
+    @property
+    def card(self) -> Card:
+        return BLANK
+
+    @property
+    def reads(self) -> Reads:
+        return Reads((Tap("mix"),), (Tap(self.path),), calls=(self.path,))
+
+    def forward(self, student: Signals, teacher: Signals | None, batch: Batch) -> Tensor:
+        assert teacher is not None
+        found: Tensor = teacher.borrowed[self.path](student["mix"])
+        return found.square().mean()
+
+
+def test_a_student_lends_what_is_only_called_as_it_stands() -> None:
+    pair = {"student": seeded(0), "peer": seeded(1)}
+    objective = Objective(far=Entry(Caller("bn"), teacher="peer"))
+    distiller = Distiller(pair, objective, task=TASK, sample=small_batch())
+    before = {name: value.clone() for name, value in pair["peer"].bn.state_dict().items()}
+    distiller.train()
+    with torch.no_grad():
+        pair["peer"].bn.weight.fill_(3.0)
+    sources = distiller._read(small_batch(), None)
+    state = {name: value.clone() for name, value in pair["peer"].bn.state_dict().items()}  # moved by its own forward
+    loss = torch.stack(
+        list(objective.compare("far", *objective.pair("far", sources, pair), small_batch(), 0)[0].values())
+    )
+    loss.sum().backward()
+    plain = nn.functional.batch_norm(
+        sources["student"]["mix"], None, None, pair["peer"].bn.weight, before["bias"], True
+    )
+    torch.testing.assert_close(loss.sum(), plain.square().mean())
+    assert all(torch.equal(value, state[name]) for name, value in pair["peer"].bn.state_dict().items())
+    assert all(parameter.grad is None for parameter in pair["peer"].parameters())
+    assert any(parameter.grad is not None for parameter in pair["student"].parameters())
+    assert not any("lent" in name for name in distiller.state_dict())
+
+
 # the clock
 
 

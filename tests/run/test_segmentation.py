@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def test_a_published_teacher_of_other_classes_is_refused(tmp_path: Path, model: 
         UserError, match=rf"^teacher: {model} tells {known} classes apart, the data has 11: teacher\.fit"
     ):
         distill(recipe(OBJECTIVES["cwd"], teacher=teacher), tmp_path / "run", quiet=True)
+
+
+def test_each_students_early_features_pass_the_others_next_block(tmp_path: Path) -> None:
+    peer = {"model": "hf:segformer", "hidden_sizes": [8] * 4, "depths": [1] * 4, "num_attention_heads": [1] * 4}
+    sides = {"forth": ("student", "peer", "segformer.stages.1"), "back": ("peer", "student", "backbone.network.layer2")}
+    objective = {
+        label: {"method": "hfd_bsd", "student": own, "teacher": other, "through": through}
+        for label, (own, other, through) in sides.items()
+    }
+    found = distill(
+        recipe(objective, teacher=None, peers={"peer": {**peer, "decoder_hidden_size": 8}}),
+        tmp_path / "run",
+        quiet=True,
+    )
+    assert found.scores["miou"] >= 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lows = [one[f"{label}.low"] for one in steps if one["kind"] == "train" for label in sides]
+    assert len(lows) == 6
+    assert min(lows) > 0
 
 
 def test_windows_and_mirrors_are_for_scores_and_pictures(tmp_path: Path) -> None:

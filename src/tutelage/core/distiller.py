@@ -3,7 +3,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from tutelage.core import ranks
 from tutelage.core.batch import Batch, Facts, share_counts
 from tutelage.core.error import UserError, nearest
 from tutelage.core.feeder import Feeder
-from tutelage.core.model import Model
+from tutelage.core.model import Lent, Model
 from tutelage.core.objective import Losses, Objective
 from tutelage.core.reader import Reader
 from tutelage.core.signals import Signals
@@ -88,6 +88,7 @@ class Distiller(nn.Module):
         }
         self.step = 0
         self.readers: dict[str, Reader] = {}
+        self.lent: dict[str, dict[str, nn.Module]] = {}
         self._unreached: list[nn.Parameter] = []
         self._check_sources()
         try:
@@ -131,6 +132,7 @@ class Distiller(nn.Module):
         for name, model in self.models.items():
             with self._reading(name):
                 self.readers[name] = Reader(model, taps[name], self.task)
+                self.lent[name] = {role: Lent(model.lend(role)) for word in borrows[name] for role in model.lent(word)}
         with self._untouched():
             self.train()
             signals = {}
@@ -143,7 +145,7 @@ class Distiller(nn.Module):
                 if name in self.readers:
                     try:
                         with self._reading(name):
-                            signals[source] = self.readers[name].rehearse(seen)
+                            signals[source] = replace(self.readers[name].rehearse(seen), borrowed=self.lent[name])
                     except ValueError as error:
                         raise _explained(error, sample) from error
                 elif view:
@@ -185,7 +187,7 @@ class Distiller(nn.Module):
         return list(dict.fromkeys(names))
 
     def _plan(self) -> tuple[dict[str, list[Tap]], dict[str, list[str]]]:
-        """Return the taps of each source and the modules each teacher lends."""
+        """Return the taps of each source and the modules each lends."""
         known = [*self.models, *self.teachers]
         taps: dict[str, list[Tap]] = {name: [] for name in known}
         borrows: dict[str, list[str]] = {name: [] for name in known}
@@ -209,7 +211,7 @@ class Distiller(nn.Module):
                     )
                 raise UserError(f"objective.{label}.teacher: no source {teacher!r}{nearest(teacher, known)}")
             taps[teacher] += [tap.plain for tap in wanted.teacher]
-            borrows[teacher] += wanted.borrows
+            borrows[teacher] += wanted.borrows + wanted.calls
             if wanted.borrows and teacher in self.models:
                 raise UserError(f"objective.{label}: modules are lent by a teacher, not by the student {teacher!r}")
         return {name: list(dict.fromkeys(found)) for name, found in taps.items()}, borrows
@@ -346,7 +348,7 @@ class Distiller(nn.Module):
             if name in self.readers:
                 seen = batch.seen_as(view) if view else batch
                 try:
-                    observed[source] = self.readers[name](seen)
+                    observed[source] = self.readers[name](seen, self.lent[name])
                 except ValueError as error:
                     raise _explained(error, batch) from error
         return observed

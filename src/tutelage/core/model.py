@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from tutelage.core.error import UserError, nearest
@@ -84,6 +85,26 @@ def _in_short(roles: Iterable[str]) -> list[str]:
     for role in roles:
         rows.setdefault(re.sub(r"\d+", "*", role), []).append(role)
     return [word for row in rows.values() for word in (row if len(row) <= SHOWN else [f"{row[0]}...{row[-1]}"])]
+
+
+class Lent(nn.Module):
+    """A module of a student, lent as it stands at each call: its weights are constants then, its buffers copies.
+
+    Gradients pass through to what it is given. It is in the mode that the student is in.
+
+    Args:
+        module: of the student, where it stays.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *given: Any, **named: Any) -> Any:
+        """Return what the module says, without a trace in it."""
+        held = {name: one.detach() for name, one in self.module.named_parameters()}
+        held |= {name: one.clone() for name, one in self.module.named_buffers()}
+        return functional_call(self.module, held, given, named)
 
 
 @dataclass

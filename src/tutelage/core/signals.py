@@ -18,7 +18,8 @@ class Signals:
     Args:
         output: what the model returned.
         taps: tensors by the role or path a term asked for; `logits` among them where the task has any.
-        borrowed: frozen copies of teacher modules, by role; gradients pass through them.
+        borrowed: modules of the model, by role: a teacher's as frozen copies, a student's as constants; gradients
+            pass through them.
     """
 
     output: Any

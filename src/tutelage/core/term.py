@@ -24,11 +24,19 @@ NONE: Mapping[str, Any] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Reads:
-    """What a term reads: taps of the student, taps of the teacher, and modules the teacher lends."""
+    """What a term reads: taps of the student, taps of the teacher, and modules the teacher lends.
+
+    Args:
+        student: of the student.
+        teacher: of the teacher.
+        borrows: modules of a teacher that stands still.
+        calls: modules that are only called: a student in the teacher's place lends them too, as they stand.
+    """
 
     student: tuple[Tap, ...] = ()
     teacher: tuple[Tap, ...] = ()
     borrows: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

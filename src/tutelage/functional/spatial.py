@@ -78,6 +78,20 @@ def pooled(
     return mean / share.where(share > 0, 1.0), share[:, 0] > 0
 
 
+def at_grid(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return a map at a grid: averaged over cells of a coarser one, bilinear on a finer one.
+
+    Args:
+        feature_map: `[B, C, H, W]`.
+        size: (height, width) of the grid.
+    """
+    if tuple(feature_map.shape[2:]) == size:
+        return feature_map
+    if all(side >= goal for side, goal in zip(feature_map.shape[2:], size, strict=True)):
+        return F.adaptive_avg_pool2d(feature_map, size)
+    return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
+
+
 def over_kept(values: Tensor, keep: Tensor | None) -> Tensor:
     """Return values whose mean over all places of an image is that over its kept places; others become 0.
 

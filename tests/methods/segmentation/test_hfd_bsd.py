@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import copy
 import re
 from dataclasses import replace
 from typing import Any
@@ -7,13 +8,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from method_case import MethodCase, gaussian, labelled_batch
 from oracles import hfd_bsd as oracle
 from tutelage.core import Facts, Signals
 from tutelage.core.error import UserError
+from tutelage.core.model import Lent
+from tutelage.functional.spatial import taking_part
 from tutelage.methods.segmentation.hfd_bsd import HFDBSD, Pair, Regions, hfd_bsd
 
 UNIT: dict[str, Any] = {"lambda_low": 1.0, "lambda_region": 1.0, "lambda_pixel": 1.0}
@@ -195,6 +198,80 @@ def test_directions_do_not_depend_on_scale_of_features() -> None:
     after = hfd_bsd(scores, early, (7 * late[0], 0.1 * late[1]), labels)["region"]
     torch.testing.assert_close(after, before)
     assert before > 0
+
+
+# through the peer's next block
+
+
+def block(seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 5, 3, 2, 1), nn.BatchNorm2d(5), nn.ReLU())
+
+
+def behind(layer: nn.Module, **options: Any) -> tuple[HFDBSD, Signals, Signals]:
+    """A term whose early features pass a block of the peer, and signals of both."""
+    student, teacher = case().tensors()
+    assert teacher is not None
+    taps = {**teacher, "layer2": layer(teacher["stages[0]"]).detach()}
+    sides = Signals(None, student), Signals(None, taps, {"layer2": Lent(layer)})
+    term = HFDBSD(through="layer2", **{**UNIT, **options})
+    torch.manual_seed(1)
+    term.build(*sides, Facts(num_classes=3))
+    return term, *sides
+
+
+def test_early_features_pass_the_peers_next_block() -> None:
+    layer = block()
+    term, student, teacher = behind(layer)
+    assert term.reads.calls == ("layer2",)
+    assert term.reads.teacher[-1].name == "layer2"
+    batch = case().batch()
+    found = term(student, teacher, batch)["low"]
+    labels = LABELS
+    near = term.project_low(student["stages[0]"])
+    near = near.where((labels[:, ::2, ::2] >= 0)[:, None], 0.0)
+    there = F.interpolate(near, (8, 8), mode="bilinear", align_corners=False).where((labels >= 0)[:, None], 0.0)
+    made, goal = (one.detach().double().numpy() for one in (copy.deepcopy(layer)(there), teacher["layer2"]))
+    assert found.item() == pytest.approx(oracle.low(made, goal, labels.numpy()), rel=1e-5)
+
+
+def test_the_block_is_a_constant_and_stays_as_it_is() -> None:
+    layer = block()
+    term, student, teacher = behind(layer)
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    term(student, teacher, case().batch())["low"].backward()
+    assert all(parameter.grad is None for parameter in layer.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in layer.state_dict().items())
+    assert student["stages[0]"].grad is not None
+    assert student["stages[0]"].grad.any()
+    assert all(parameter.grad is not None for parameter in term.project_low.parameters())
+    assert not [name for name in term.state_dict() if "layer" in name]
+
+
+def test_ignored_places_reach_nothing_behind_the_block() -> None:
+    layer, batch = block().eval(), case().batch()
+    term, student, teacher = behind(layer)
+    places = taking_part(LABELS, batch.labelled, 4, 4)
+    assert places is not None
+    other = {**student.taps, "stages[0]": student["stages[0]"].where(places[:, None], 9.0)}
+    parts = [term(one, teacher, batch)["low"] for one in (student, Signals(None, other))]
+    assert torch.equal(*parts)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        pytest.param(nn.Conv2d(4, 5, 3, 2, 1), "through: 'layer2' takes no [6, 3, 8, 8] (", id="another width"),
+        pytest.param(nn.Conv2d(3, 5, 3), "through: 'layer2' makes [6, 5, 6, 6] of the peer's early", id="another map"),
+    ],
+)
+def test_a_block_that_does_not_stand_behind_the_early_features(layer: nn.Module, said: str) -> None:
+    student, teacher = case().tensors()
+    assert teacher is not None
+    taps = {**teacher, "layer2": torch.zeros(6, 5, 4, 4)}
+    sides = Signals(None, student), Signals(None, taps, {"layer2": Lent(layer)})
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        HFDBSD(through="layer2").build(*sides, Facts(num_classes=3))
 
 
 # odd cases

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Let a convolutional and a transformer student learn from each other what each is surer of; both are kept.
 
-Early features mimic the peer's; regions and pixels are taught by whoever does better on them. The term is one
-direction: a pair has two. There is no official code, and where the paper was not at hand the equations are our own:
-see the page.
+Early features mimic the peer's, perhaps behind the peer's next block; regions and pixels are taught by whoever does
+better on them. The term is one direction: a pair has two. There is no official code, and where the paper was not at
+hand the equations are our own: see the page.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from tutelage.core.error import UserError, nearest
 from tutelage.functional.divergence import kl_divergence
 from tutelage.functional.pairwise import unit
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import class_maps, match_kept, small_labels, taking_part
+from tutelage.functional.spatial import at_grid, class_maps, match_kept, small_labels, taking_part
 
 CARD = Card(
     name="HFD+BSD",
@@ -194,6 +194,9 @@ class HFDBSD(Term):
         temperature: see :func:`hfd_bsd`.
         regions: see :func:`hfd_bsd`.
         cells: see :func:`hfd_bsd`.
+        through: path of the module of the peer that makes its next map of its early features, such as `layer2`; the
+            student's early features are passed through it too, and compared with what it made. None compares them
+            before it.
         student_low: early features of the student.
         teacher_low: early features of its peer.
         student_high: late features of the student.
@@ -211,6 +214,7 @@ class HFDBSD(Term):
         temperature: float = 1.0,
         regions: Regions = "class",
         cells: int = 4,
+        through: str | None = None,
         student_low: str | Mapping[str, Any] | Tap = "stages[0]",
         teacher_low: str | Mapping[str, Any] | Tap = "stages[0]",
         student_high: str | Mapping[str, Any] | Tap = "map",
@@ -228,20 +232,23 @@ class HFDBSD(Term):
         self.regions: Regions = regions
         self.low = Tap.parse(student_low), Tap.parse(teacher_low)
         self.high = Tap.parse(student_high), Tap.parse(teacher_high)
+        self.through = through
 
     @property
     def reads(self) -> Reads:
-        """Early and late features, and score maps."""
+        """Early and late features, and score maps; of the peer what the next block made, and the block."""
+        behind = () if self.through is None else (self.through,)
         return Reads(
             (self.low[0], self.high[0], Tap("logits")),
-            (self.low[1], self.high[1], Tap("logits")),
+            (self.low[1], self.high[1], Tap("logits"), *map(Tap, behind)),
+            calls=behind,
         )
 
     def build(self, student: Signals, teacher: Signals | None, facts: Facts) -> None:
         """Create the two convolutions to the peer's widths.
 
         Raises:
-            UserError: if a tap or the logits are no maps.
+            UserError: if a tap or the logits are no maps, or the block does not make its map of the early features.
         """
         assert teacher is not None
         check_maps(student.logits, teacher.logits, "hfd_bsd")
@@ -249,6 +256,40 @@ class HFDBSD(Term):
         for one, other in pairs:
             check_maps(one, other, "hfd_bsd")
         self.project_low, self.project_high = (bridge(one, other) for one, other in pairs)
+        if self.through is not None:
+            with torch.no_grad():
+                made = self.passed(teacher, teacher[self.low[1].name])
+            if made.shape != teacher[self.through].shape:
+                raise UserError(
+                    f"through: {self.through!r} makes {list(made.shape)} of the peer's early features, and "
+                    f"{list(teacher[self.through].shape)} of what the peer gives it; name the block behind teacher_low"
+                )
+            check_maps(made, made, "hfd_bsd")
+
+    def passed(self, teacher: Signals, features: Tensor) -> Tensor:
+        """Return what the peer's next block makes of features at the peer's width and grid.
+
+        Raises:
+            UserError: if it does not take them.
+        """
+        assert self.through is not None
+        try:
+            made = teacher.borrowed[self.through](features)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise UserError(
+                f"through: {self.through!r} takes no {list(features.shape)} ({str(error).splitlines()[0]}); "
+                "name the block behind teacher_low"
+            ) from error
+        return made if isinstance(made, Tensor) else next(one for one in made if isinstance(one, Tensor))
+
+    def early(self, student: Signals, teacher: Signals, target: Tensor) -> Pair:
+        """Return the early features that are compared, the student's at the peer's width."""
+        own, peer = self.project_low(student[self.low[0].name]), teacher[self.low[1].name]
+        if self.through is None:
+            return own, peer
+        known = own.where(_compared(target, own)[:, None], 0.0)
+        there = at_grid(known, (peer.shape[2], peer.shape[3])).where(_compared(target, peer)[:, None], 0.0)
+        return self.passed(teacher, there), teacher[self.through]
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `low`, `region` and `pixel`.
@@ -260,12 +301,12 @@ class HFDBSD(Term):
         if not (isinstance(target, Tensor) and target.ndim == 3 and not target.is_floating_point()):
             given = f"{list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
             raise UserError(f"hfd_bsd asks who is right at each pixel, and needs class maps [B, H, W], not {given}")
-        low, high = (student[taps[0].name] for taps in (self.low, self.high))
+        labels = class_maps(target, batch.labelled, student.logits.shape[1], *target.shape[1:])
         return hfd_bsd(
             (student.logits, teacher.logits),
-            (self.project_low(low), teacher[self.low[1].name]),
-            (self.project_high(high), teacher[self.high[1].name]),
-            class_maps(target, batch.labelled, student.logits.shape[1], *target.shape[1:]),
+            self.early(student, teacher, labels),
+            (self.project_high(student[self.high[0].name]), teacher[self.high[1].name]),
+            labels,
             lambda_low=self.lambda_low,
             lambda_region=self.lambda_region,
             lambda_pixel=self.lambda_pixel,

@@ -20,6 +20,7 @@ from tutelage.core.bridge import check_maps
 from tutelage.core.error import UserError, nearest
 from tutelage.functional.affinity import affinity, affinity_loss, random_walk
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import at_grid
 
 CARD = Card(
     name="P2Seg",
@@ -296,8 +297,8 @@ class P2Seg(Term):
         source, classes = student[self.student_tap.name], student.logits.shape[1]
         height, width = (min(cells, self.side) for cells in source.shape[2:])
         size = (height, width)
-        source = _resized(source, size)
-        scores, taught = (_resized(side.logits, size).flatten(2) for side in (student, teacher))
+        source = at_grid(source, size)
+        scores, taught = (at_grid(side.logits, size).flatten(2) for side in (student, teacher))
         rows = batch.labelled if batch.labelled.ndim == 3 else batch.labelled[:, None, None]
         known = target.where(rows & (target >= 0) & (target < classes), UNKNOWN)
         points = points_at(known, height, width)
@@ -322,12 +323,3 @@ class P2Seg(Term):
             lambda_affinity=self.lambda_affinity,
             form=self.form,
         )
-
-
-def _resized(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return a map at a grid: averaged over cells of a coarser one, bilinear on a finer one."""
-    if tuple(feature_map.shape[2:]) == size:
-        return feature_map
-    if all(side >= goal for side, goal in zip(feature_map.shape[2:], size, strict=True)):
-        return F.adaptive_avg_pool2d(feature_map, size)
-    return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
