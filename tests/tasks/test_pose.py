@@ -432,3 +432,11 @@ def test_a_few_figures_are_learned_by_heart() -> None:
         scores = task.score([(model(batch.inputs), batch)])
     assert scores["ap50"] > 0.7
     assert scores["body"] > 0.7
+
+
+def test_runs_are_compared_by_the_score_that_is_asked_for() -> None:
+    assert (Pose(17).headline, Pose(133, headline="body").headline) == ("ap", "body")
+    with pytest.raises(UserError, match="headline: these keypoints have no score 'bdy'; did you mean body"):
+        Pose(133, headline="bdy")
+    with pytest.raises(UserError, match="headline: these keypoints have no score 'face'; valid: ap"):
+        Pose(17, headline="face")

@@ -99,6 +99,18 @@ KNOWN = {
     "mask_map_small": ("mask mAP, small", True, True),
     "mask_map_medium": ("mask mAP, medium", True, True),
     "mask_map_large": ("mask mAP, large", True, True),
+    "ap": ("keypoint AP", True, True),
+    "ap50": ("keypoint AP at 0.5", True, True),
+    "ap75": ("keypoint AP at 0.75", True, True),
+    "ar": ("keypoint AR", True, True),
+    "oks": ("keypoint similarity", True, True),
+    "whole": ("whole-body AP", True, True),
+    "body": ("body AP", True, True),
+    "foot": ("foot AP", True, True),
+    "face": ("face AP", True, True),
+    "hand": ("hand AP", True, True),
+    "left_hand": ("left-hand AP", True, True),
+    "right_hand": ("right-hand AP", True, True),
 }
 #: Between the name of a score and the class that it is of, as in `iou/road`.
 OF = "/"

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tutelage.core import Batch, Model
 from tutelage.core.card import Averages
-from tutelage.core.error import UserError
-from tutelage.core.keypoints import Layout
+from tutelage.core.error import UserError, nearest
+from tutelage.core.keypoints import WHOLEBODY, Layout
 from tutelage.core.picture import Picture
 from tutelage.functional import openpose
 from tutelage.functional.simcc import decode, decode_dark, encode, simcc_kl, unflip
@@ -152,6 +152,13 @@ def person_score(scores: Tensor) -> Tensor:
     return (scores * high).sum(-1) / high.sum(-1).clamp(min=1)
 
 
+def parts_of(layout: Layout) -> tuple[str, ...]:
+    """Return the names of the parts that are scored by themselves; of one part there is nothing to say but `ap`."""
+    if len(layout.parts) < 2:
+        return ()
+    return (*layout.parts, *(("hand", "whole") if "left_hand" in layout.parts else ()))
+
+
 @final
 class Pose:
     """One person a crop. A model answers with raw logits `(x [B, K, Wx], y [B, K, Wy])`.
@@ -170,6 +177,7 @@ class Pose:
         dark: refine points between bins.
         openpose: pictures have OpenPose's order, with a neck.
         shown: score from which a point is drawn.
+        headline: the score by which runs are compared: `ap`, or that of a part, such as `body`.
 
     Raises:
         UserError: if an option makes no sense.
@@ -177,7 +185,6 @@ class Pose:
 
     name = "pose"
     averages: Averages = "labelled"
-    headline = "ap"
     provides: tuple[str, ...] = ("stem", "stages", "map", "logits.x", "logits.y")
 
     def __init__(
@@ -193,6 +200,7 @@ class Pose:
         dark: bool = False,
         openpose: bool = False,
         shown: float = 0.3,
+        headline: str = "ap",
     ) -> None:
         for word, value in (("beta", beta), ("split", split), ("batch", batch)):
             if not value > 0:
@@ -205,9 +213,13 @@ class Pose:
             raise UserError(f"the layout has {len(self.layout)} keypoints, and num_keypoints is {self.num_keypoints}")
         if openpose and self.layout is not None and "body" not in self.layout.parts:
             raise UserError("openpose needs the 17 keypoints of COCO's body first")
+        scored = ("ap", *parts_of(self.layout or WHOLEBODY))
+        if headline not in scored:
+            raise UserError(f"headline: these keypoints have no score {headline!r}{nearest(headline, scored)}")
         self.beta, self.split, self.batch = beta, split, batch
         self.sigma = (float(sigma[0]), float(sigma[1])) if sigma is not None else None
         self.flip, self.dark, self.openpose, self.shown = flip, dark, openpose, shown
+        self.headline = headline
 
     def call(self, model: Model, batch: Batch) -> Any:
         """Return the model's logits of x and y."""
