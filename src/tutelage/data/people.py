@@ -13,7 +13,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tutelage.core.error import UserError
@@ -251,7 +253,7 @@ def read(
     picture_ids = tuple(number) if numbered else tuple(range(len(paths)))
     if not paths:
         raise UserError(f"{file}: none of its {len(listed)} images is there, looked in {home}")
-    kept: list[tuple[int, int, list[float], list[float], float]] = []
+    kept: list[tuple[int, int, NDArray[np.float32], list[float], float]] = []
     uncounted: list[tuple[int, list[float], float]] = []
     unseen = 0
     for one in rows:
@@ -270,7 +272,7 @@ def read(
             continue
         if points is None:
             continue
-        if not any(visibility > 0 for visibility in points[2::3]):
+        if not (points[:, 2] > 0).any():
             unseen += 1
             uncounted.append((picture, box, area))
             continue
@@ -291,7 +293,7 @@ def read(
         torch.tensor(row_image),
         torch.tensor([picture_ids[picture] for picture in row_image]),
         torch.tensor(row_id),
-        torch.tensor(row_points, dtype=torch.float32).view(len(kept), len(layout), 3),
+        torch.from_numpy(np.stack(row_points)),
         torch.tensor(row_box, dtype=torch.float32),
         torch.tensor(row_area, dtype=torch.float32).clamp(min=LEAST_AREA),
         layout,
@@ -363,14 +365,18 @@ def _layout(
     return BODY if tuple(names) == BODY.names and sigmas is None else Layout.of_names(names, sigmas, links)
 
 
-def _points(one: Mapping[str, Any], layout: Layout, where: str, troubles: Troubles) -> list[float] | None:
-    """Return x, y, visibility of each keypoint in one row."""
+def _points(one: Mapping[str, Any], layout: Layout, where: str, troubles: Troubles) -> NDArray[np.float32] | None:
+    """Return `[K, 3]` x, y, visibility of each keypoint."""
     whole = layout == WHOLEBODY and "foot_kpts" in one
-    points = [v for word in (FIELDS if whole else FIELDS[:1]) for v in one.get(word) or ()]
-    if len(points) != 3 * len(layout):
-        troubles.note(f"people whose keypoints are not {len(layout)}", f"{where} has {len(points) / 3:g}")
+    given = [value for word in (FIELDS if whole else FIELDS[:1]) for value in one.get(word) or ()]
+    if len(given) != 3 * len(layout):
+        troubles.note(f"people whose keypoints are not {len(layout)}", f"{where} has {len(given) / 3:g}")
         return None
-    if not all(isinstance(value, (int, float)) and abs(value) < 1e6 for value in points):  # false for NaN, too
+    try:
+        points = np.array(given, dtype=np.float32).reshape(len(layout), 3)
+    except (TypeError, ValueError, OverflowError):
+        points = np.full((len(layout), 3), np.nan, dtype=np.float32)
+    if not (np.abs(points) < 1e6).all():  # false for what is no number, too
         troubles.note("keypoints that are no numbers", where)
         return None
     return points
@@ -381,7 +387,7 @@ def _box(one: Mapping[str, Any], size: tuple[int, int], where: str, troubles: Tr
     if not isinstance(given, Sequence) or len(given) != 4:
         troubles.note("people without a box", where)
         return None
-    if not all(isinstance(value, (int, float)) for value in given):
+    if not all(isinstance(value, (int, float)) and abs(value) < 1e9 for value in given):  # false for NaN, too
         troubles.note("boxes that are no numbers", where)
         return None
     left, top, width, height = (float(value) for value in given)
