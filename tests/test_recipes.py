@@ -112,11 +112,21 @@ def meets_densely(recipe: Recipe) -> None:
             teacher = before
             if one.teacher is not None and one.teacher.model != "previous":
                 teacher = load_model(untrained(one.teacher), **facts)
+            sides = {"student": student, "teacher": teacher}
+            sides |= {name: load_model(untrained(peer), **facts) for name, peer in one.peers.items()}
         for entry in build(one.objective).entries.values():
-            for model, taps in ((student, entry.term.reads.student), (teacher, entry.term.reads.teacher)):
+            wanted = entry.term.reads
+            for name, taps, called in (
+                (entry.student, wanted.student, ()),
+                (entry.teacher, wanted.teacher, wanted.calls),
+            ):
+                model = sides[name.partition("@")[0]]
                 for tap in taps:
                     assert model is not None
                     assert tap.where == "logits" or all(model.resolve(found) for found in model.expand(tap))
+                for path in called:
+                    assert model is not None
+                    assert model.lend(path)
         sources = {"teacher": teacher, "previous": before}
         for place, where in one.inherit.items():
             source, _, path = where.partition(".")
