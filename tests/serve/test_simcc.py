@@ -7,7 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from tutelage.functional import simcc
-from tutelage.serve.simcc import crops, enlarged, peaks, to_image, to_openpose, warp, whole, widened
+from tutelage.serve.simcc import crops, enlarged, peaks, to_image, to_openpose, warp, whole, widened, with_area
 from tutelage.tasks import pose
 
 GOLDEN = ("core/dwpose_inference",)
@@ -57,6 +57,12 @@ def test_openpose_agrees_with_the_task() -> None:
     one, other = to_openpose(points.numpy(), scores.numpy()), pose.to_openpose(points, scores)
     assert one[0] == pytest.approx(other[0].numpy())
     assert one[1] == pytest.approx(other[1].numpy())
+
+
+def test_boxes_without_area_are_nobodys() -> None:
+    boxes = np.array([[0, 0, 4, 4], [3, 3, 3, 9], [5, 5, 4, 9], [0, 0, np.nan, 4], [0, 0, np.inf, 4]])
+    assert with_area(boxes).tolist() == [[0, 0, 4, 4]]
+    assert with_area(np.zeros((0, 4))).shape == (0, 4)
 
 
 def test_beyond_the_image_is_black() -> None:

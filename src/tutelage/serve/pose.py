@@ -81,12 +81,11 @@ class PeopleDetector:
         if self.settled:
             padded, ratio = yolox.letterbox(image, self.size, fill=0)
             boxes, scores, labels = self.session.run(None, {self.name: padded[None] / np.float32(255)})[:3]
-            found: Array = boxes[(scores > self.least) & (labels == self.person)] / ratio
-            return found
+            return simcc.with_area(boxes[(scores > self.least) & (labels == self.person)] / ratio)
         padded, ratio = yolox.letterbox(image[:, :, ::-1] if self.bgr else image, self.size)
         raw = self.session.run(None, {self.name: padded[None]})[0]
         rows, scores = yolox.corners(yolox.decoded(raw[0], self.size), ratio)
-        return yolox.people(yolox.detections(rows, scores), least=self.least, person=self.person)
+        return simcc.with_area(yolox.people(yolox.detections(rows, scores), least=self.least, person=self.person))
 
 
 @final

@@ -15,6 +15,11 @@ MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 PADDING, SPLIT = 1.25, 2.0
 
 
+def with_area(boxes: Array) -> Array:
+    """Return the boxes of some `[P, 4]` that hold anything: without area, or no numbers, there is nothing to cut out."""
+    return boxes[np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)]
+
+
 def enlarged(boxes: Array, padding: float = PADDING) -> tuple[Array, Array]:
     """Return centres `[P, 2]`, and sides (width, height) times the padding `[P, 2]`."""
     low, high = boxes[:, :2], boxes[:, 2:]
