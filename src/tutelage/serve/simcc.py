@@ -16,7 +16,7 @@ PADDING, SPLIT = 1.25, 2.0
 
 
 def with_area(boxes: Array) -> Array:
-    """Return the boxes of some `[P, 4]` that hold anything: without area, or no numbers, there is nothing to cut out."""
+    """Return those of boxes `[P, 4]` that are numbers and have an area: of others there is nothing to cut out."""
     return boxes[np.isfinite(boxes).all(1) & (boxes[:, 2:] > boxes[:, :2]).all(1)]
 
 
