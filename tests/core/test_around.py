@@ -25,6 +25,7 @@ CARD = Card(
 class Counted(Term):
     """A term with a parameter, a draw, a caveat and a memory."""
 
+    knows_ignored = True
     remembered: Mapping[str, Tensor] | None = None
 
     @property
@@ -77,6 +78,7 @@ def test_what_a_term_around_another_says_is_the_inner_ones() -> None:
     assert inner.remembered is found.kept
     assert term.reads == inner.reads
     assert term.caveats(Facts()) == ("odd",)
+    assert term.knows_ignored
     assert [group["params"] for group in term.param_groups()] == [[term.own], [inner.scale]]
 
 
@@ -93,5 +95,6 @@ def test_without_another_it_speaks_for_itself() -> None:
     assert [tap.where for tap in term.reads.student] == ["logits"]
     assert term.draw(BLANK, None, small_batch(), Draw(0, 0, "label")) is None
     assert term.caveats(Facts()) == ()
+    assert not term.knows_ignored
     term.commit({})
     assert [group["params"] for group in term.param_groups()] == [[term.own]]

@@ -16,6 +16,8 @@ from tutelage.core.term import Draw, Outcome, Reads, Term
 class Around(Term):
     """A term around another, whose labels, means, taps, random numbers, memory and parameters are the inner one's.
 
+    So is what it does about ignored pixels.
+
     Args:
         inner: the other term; None where the term does without, and says for itself what it reads.
     """
@@ -23,6 +25,7 @@ class Around(Term):
     def __init__(self, inner: Term | None) -> None:
         super().__init__()
         self.inner = inner
+        self.knows_ignored = inner is not None and inner.knows_ignored
 
     @property
     def card(self) -> Card | None:
