@@ -149,6 +149,16 @@ def test_people_without_a_visible_keypoint_are_told_of(tmp_path: Path, caplog: p
         ({"augment": {"flipp": 1}}, "data.augment.flipp is not known; did you mean flip"),
         ({"augment": {"scale": [2, 1]}}, "data.augment.scale is"),
         ({"augment": {"flip": 2}}, "data.augment.flip is a number in"),
+        ({"augment": {"erase": "much"}}, "data.augment.erase is a number in [0, 1], not 'much'"),
+        ({"augment": {"scale": ["a", 2]}}, "data.augment.scale is [smallest, largest], both > 0, not ['a', 2]"),
+        ({"augment": {"rotate": "x"}}, "data.augment.rotate is a number >= 0 (degrees), not 'x'"),
+        ({"augment": {"rotate": float("nan")}}, "data.augment.rotate is a number >= 0 (degrees), not nan"),
+        ({"augment": {"shift": [1]}}, "data.augment.shift is a number >= 0 (a share of the box), not [1]"),
+        ({"pose": {"padding": "big"}}, "data.pose.padding is a factor > 0, not 'big'"),
+        ({"pose": {"padding": float("nan")}}, "data.pose.padding is a factor > 0, not nan"),
+        ({"pose": {"box_score": "x"}}, "data.pose.box_score is a number, not 'x'"),
+        ({"pose": {"sigmas": ["x"]}}, "data.pose.sigmas are numbers, one a keypoint, not ['x']"),
+        ({"image_size": 0}, "data.image_size counts pixels of a crop, (height, width), not 0"),
     ],
 )
 def test_bad_words_are_named(tmp_path: Path, data: dict[str, Any], said: str) -> None:
@@ -211,6 +221,7 @@ def test_pixels_and_points_move_together(key: int) -> None:
 
 def test_a_probability_of_one_is_a_number_and_no_word() -> None:
     assert Changes.parse({"flip": 1, "blur": 1.0}) == Changes(flip=1, blur=1.0)
+    assert Changes.parse({"flip": False, "scale": False}) == Changes()
     assert Changes.parse({"flip": True, "hsv": None}) == Changes(flip=0.5, hsv=(5.0, 30.0, 30.0))
     assert Changes.parse(None) == Changes(0.5, 0.3, 0.16, (0.6, 1.4), 80.0, 0.3, None, 0.0, 0.0, 1.0)
 

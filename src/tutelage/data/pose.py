@@ -6,6 +6,7 @@ scaled, turned, cut to half a body, mirrored and covered at random, all as funct
 """
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -42,6 +43,15 @@ HALF_LEAST = (9, 2, 3)  # visible keypoints of a person, of its upper and of its
 UPPER = 0.7  # probability of the upper half
 HALF_PADDING = 1.5
 ERASED = (0.2, 0.4)  # sides of what is covered, as shares of the crop's
+
+
+def _number(given: Any) -> bool:
+    return isinstance(given, (int, float)) and not isinstance(given, bool) and math.isfinite(given)
+
+
+def _several(given: Any) -> Sequence[Any]:
+    """Return a list as it is, and anything else as no list."""
+    return given if isinstance(given, (list, tuple)) else ()
 
 
 @final
@@ -93,8 +103,13 @@ class Options:
         for word in ("number", "held_out", "interval"):
             if not isinstance(getattr(options, word), int) or getattr(options, word) < 1:
                 raise UserError(f"data.pose.{word} is at least 1, not {getattr(options, word)!r}")
-        if not options.padding > 0:
-            raise UserError(f"data.pose.padding is a factor > 0, not {options.padding}")
+        if not _number(options.padding) or not options.padding > 0:
+            raise UserError(f"data.pose.padding is a factor > 0, not {options.padding!r}")
+        if not _number(options.box_score):
+            raise UserError(f"data.pose.box_score is a number, not {options.box_score!r}")
+        sigmas = _several(options.sigmas)
+        if options.sigmas is not None and (not sigmas or not all(map(_number, sigmas))):
+            raise UserError(f"data.pose.sigmas are numbers, one a keypoint, not {options.sigmas!r}")
         if options.layout is not None:
             Layout.parse(options.layout)
         also = (options.also,) if isinstance(options.also, str) else tuple(options.also)
@@ -151,15 +166,23 @@ class Changes:
         if not isinstance(named, Mapping):
             named = dict.fromkeys(named)
         chosen: dict[str, Any] = {  # 1 is a number, and no word for the usual
-            w: getattr(usual, w) if value is None or value is True else value for w, value in named.items()
+            w: getattr(usual, w) if value is None or value is True else value
+            for w, value in named.items()
+            if value is not False
         }
         found = cls(**chosen)
-        low, high = found.scale if isinstance(found.scale, Sequence) and len(found.scale) == 2 else (0, 0)
-        if not 0 < low <= high:
-            raise UserError(f"data.augment.scale is [smallest, largest], both > 0, not {found.scale}")
+        sides = _several(found.scale)
+        if len(sides) != 2 or not all(map(_number, sides)) or not 0 < sides[0] <= sides[1]:
+            raise UserError(f"data.augment.scale is [smallest, largest], both > 0, not {found.scale!r}")
+        low, high = sides
         for word in ("flip", "half_body", "erase", "color", "blur", "median_blur"):
-            if not 0 <= getattr(found, word) <= 1:
-                raise UserError(f"data.augment.{word} is a number in [0, 1], not {getattr(found, word)}")
+            value = getattr(found, word)
+            if not _number(value) or not 0 <= value <= 1:
+                raise UserError(f"data.augment.{word} is a number in [0, 1], not {value!r}")
+        for word, unit in (("shift", "a share of the box"), ("rotate", "degrees")):
+            value = getattr(found, word)
+            if not _number(value) or value < 0:
+                raise UserError(f"data.augment.{word} is a number >= 0 ({unit}), not {value!r}")
         return replace(found, scale=(float(low), float(high)), hsv=moves_of(found.hsv))
 
 
@@ -633,11 +656,7 @@ def _detected(annotated: Posed, file: str, least: float) -> Posed:
     truth = annotated.people
     known = {Path(name).stem: number for number, name in enumerate(truth.names)}
     known |= {stem.lstrip("0"): number for stem, number in known.items() if stem.isdigit()}
-    rows = [
-        (known[image], box, score)
-        for image, box, score in detections(file)
-        if score >= least and image in known
-    ]
+    rows = [(known[image], box, score) for image, box, score in detections(file) if score >= least and image in known]
     if not rows:
         raise UserError(f"data.pose.boxes: {file} has no box with a score of {least} for the validation images")
     image, given, scores = zip(*rows, strict=True)
@@ -670,7 +689,10 @@ def _everybody(people: People) -> People:
 
 def _size(spec: Any, kind: str) -> tuple[int, int]:
     if spec.image_size is not None:
-        return pair(spec.image_size)
+        size = pair(spec.image_size)
+        if min(size) < 1:
+            raise UserError(f"data.image_size counts pixels of a crop, (height, width), not {spec.image_size}")
+        return size
     return SMALL if kind == "figures" else USUAL
 
 
