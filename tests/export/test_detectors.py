@@ -29,6 +29,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "reppoints": {"candidates": 200, "extra": "none"},
     "solo": {"hidden": 16, "convolutions": 1, "candidates": 100, "most": 20, "grids": (12, 8, 6, 4, 3)},
 }
+EXACT = {"faster_rcnn-exact": {**SMALL, "exact": True}, "fcos-iccv": {**KINDS["fcos"], "form": "iccv"}}
+KINDS |= EXACT
 WHOLE: dict[str, dict[str, Any]] = {"yolox": {"depth": 0.33, "width": 0.125}}
 NAMES = [*KINDS, *WHOLE]
 
@@ -37,7 +39,7 @@ NAMES = [*KINDS, *WHOLE]
 def test_the_copy_finds_the_same_boxes(name: str, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     options = WHOLE[name] if name in WHOLE else {**TINY, **KINDS[name]}
-    model = load({"model": f"tutelage:{name}", **options}, task="detection", num_classes=3, seed=0)
+    model = load({"model": f"tutelage:{name.partition('-')[0]}", **options}, task="detection", num_classes=3, seed=0)
     sharpened(model.module)
     file = tmp_path / "student.onnx"
     export(model, file, "onnx", size=(SIDE, SIDE))

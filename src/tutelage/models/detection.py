@@ -13,6 +13,7 @@ from tutelage.core import InputSpec, Model, Tap
 from tutelage.core.error import UserError, nearest
 from tutelage.core.model import Outputs
 from tutelage.models import weights
+from tutelage.models.detectors import published as mmdetection
 from tutelage.models.detectors.dense import settled
 from tutelage.models.source import Wanted, listed
 
@@ -51,14 +52,16 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
             names = tuple(name for name in published.categories if name not in NOTHING)
         count = count or len(names)
     fresh = given.get("head") == "fresh"
+    file = given.get("weights")
+    state = weights.read(file) if file is not None and not pretrained else {}
+    theirs = _conventions(kind, place, state)
+    options = {**theirs, **options}
     module = _seeded(lambda: _built(kind, place, options, count, pretrained, fresh), seed)
     pixels: InputSpec = getattr(module, "pixels", InputSpec(mean=MEAN, std=STD))
-    file = given.get("weights")
     if published is not None and pretrained:
         state = published.state()
         fit(module, state, f"torchvision:{place}", names, published.categories, fresh=fresh)
-    elif file is not None and not pretrained:
-        state = weights.read(file)
+    elif state:
         rows = tuple(published.categories) if published is not None else ()
         fit(module, state, str(file), names, rows, fresh=fresh)
     found: dict[str, Tap] = _of(module, "roles")
@@ -69,11 +72,25 @@ def load(kind: str, place: str, given: Mapping[str, Any], facts: Mapping[str, An
         _of(module, "lends"),
         input=_input(pixels, given.get("input")),
         class_names=names,
-        source={"num_classes": count},
+        source={"num_classes": count, **({"model": _again(given, theirs)} if theirs else {})},
         outputs=Outputs(
             ("boxes", "scores", "labels", *(["masks"] if _masks(module) else [])), exported, batched=False, ranked=True
         ),
     )
+
+
+def _conventions(kind: str, place: str, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return the options that weights want because of where they come from."""
+    if kind != "tutelage" or not mmdetection.is_mmdetection(state):
+        return {}
+    return dict(listed("detectors", "MMDETECTION").get(place, {}))
+
+
+def _again(given: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how the same detector is built without those weights."""
+    from tutelage.models.load import FIRST
+
+    return {word: value for word, value in {**options, **given}.items() if word not in FIRST}
 
 
 def _masks(module: nn.Module) -> bool:
@@ -216,7 +233,7 @@ def fit(
     """
     rows = _of(module, "by_class")
     own = module.state_dict()
-    state = _renamed(state, own)
+    state = mmdetection.renamed(state, own) if mmdetection.is_mmdetection(state) else _renamed(state, own)
     known = dict(state)
     other = [key for key in rows if key in state and state[key].shape != own[key].shape]
     whole = [

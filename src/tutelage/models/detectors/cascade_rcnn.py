@@ -16,15 +16,19 @@ from torch import Tensor, nn
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_loss, paste_masks_in_image
-from torchvision.ops import MultiScaleRoIAlign, clip_boxes_to_image
+from torchvision.ops import clip_boxes_to_image
 
 from tutelage.core import Tap
 from tutelage.core.error import UserError
 from tutelage.models.detectors.dense import Targets, clipped, decode
 from tutelage.models.detectors.faster_rcnn import Answers as Proposed
-from tutelage.models.detectors.faster_rcnn import FasterRCNN, masks_of
+from tutelage.models.detectors.faster_rcnn import FasterRCNN, masks_of, pool
 
 OVERLAPS = (0.5, 0.6, 0.7)  # from which a region learns a box, of each head
+EXACT = tuple(
+    tuple(1 / part for part in row)
+    for row in ((0.1, 0.1, 0.2, 0.2), (0.05, 0.05, 0.1, 0.1), (0.033, 0.033, 0.067, 0.067))
+)
 CODES = ((10.0, 10.0, 5.0, 5.0), (20.0, 20.0, 10.0, 10.0), (30.0, 30.0, 15.0, 15.0))
 WEIGHTS = (1.0, 0.5, 0.25)  # of the heads' losses
 POSITIVE = 0.25  # share of the regions to learn from that may hold something
@@ -180,6 +184,8 @@ class CascadeRCNN(nn.Module):
     Args:
         num_classes: K.
         masks: tell masks as well, with each head.
+        exact: nothing is rounded, see `tutelage.models.detectors.exact`; but for the last head's codes, which are
+            those of mmdetection.
         head_width: of the layers over regions.
         regions: drawn of an image to learn from, by each head.
         threshold: score below which nothing was found.
@@ -201,6 +207,7 @@ class CascadeRCNN(nn.Module):
         num_classes: int,
         *,
         masks: bool = False,
+        exact: bool = False,
         head_width: int = 1024,
         regions: int = 512,
         threshold: float = 0.05,
@@ -211,6 +218,7 @@ class CascadeRCNN(nn.Module):
         super().__init__()
         shared: dict[str, Any] = {
             "masks": masks,
+            "exact": exact,
             "head_width": head_width,
             "regions": regions,
             "threshold": threshold,
@@ -221,18 +229,17 @@ class CascadeRCNN(nn.Module):
         self.tells_masks = masks
         self.first.roi_heads.box_predictor = Predictor(head_width, num_classes + 1)
         width = self.first.backbone.width
-        names = [str(number) for number in range(len(self.first.backbone.places))]
-        further = []
-        for overlap, codes in zip(OVERLAPS[1:], CODES[1:], strict=True):
+        backbone, further = self.first.backbone, []
+        for overlap, codes in zip(OVERLAPS[1:], (EXACT if exact else CODES)[1:], strict=True):
             more: dict[str, Any] = {}
             if masks:
                 more = {
-                    "mask_roi_pool": MultiScaleRoIAlign(names, 14, 2),
+                    "mask_roi_pool": pool(backbone, 14, exact=exact),
                     "mask_head": MaskRCNNHeads(width, [width] * 4, 1),
                     "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
                 }
             head = TwoMLPHead(width * 7**2, head_width)
-            parts = (MultiScaleRoIAlign(names, 7, 2), head, Predictor(head_width, num_classes + 1))
+            parts = (pool(backbone, 7, exact=exact), head, Predictor(head_width, num_classes + 1))
             further.append(RoIHeads(*parts, overlap, overlap, regions, POSITIVE, codes, threshold, iou, most, **more))
         self.further = nn.ModuleList(further)
 
@@ -259,3 +266,5 @@ class CascadeRCNN(nn.Module):
 
 
 ARCHITECTURES = {"cascade_rcnn": CascadeRCNN, "cascade_mask_rcnn": partial(CascadeRCNN, masks=True)}
+#: What weights of mmdetection want.
+MMDETECTION: dict[str, dict[str, Any]] = {"cascade_rcnn": {"exact": True}, "cascade_mask_rcnn": {"exact": True}}

@@ -32,6 +32,7 @@ from torchvision.ops import MultiScaleRoIAlign, roi_align
 from tutelage.core import Tap
 from tutelage.core.error import UserError, nearest
 from tutelage.models.detectors.dense import Targets, clipped, decode, settled, sizes, top
+from tutelage.models.detectors.exact import LEVEL_EPS, ExactAnchors, ExactRegions
 from tutelage.models.detectors.pyramid import Pyramid
 
 RATIOS = (0.5, 1.0, 2.0)
@@ -39,7 +40,6 @@ RATIOS = (0.5, 1.0, 2.0)
 BoxHead = Literal["layers", "convolutions"]
 EXTRA = {"pool": 1, "none": 0}
 SMALLEST = 0.01  # pixels a side of a box, as in torchvision
-LEVEL_EPS = 1e-6  # in the choice of a level, as in torchvision
 MOST = 1000  # scores of an exported copy that are looked at
 
 
@@ -193,7 +193,9 @@ class Answers:
         size = area.sqrt() / pool.canonical_scale
         level = (pool.canonical_level + size.log2() + LEVEL_EPS).floor().clamp(lowest, highest) - lowest
         read = [
-            roi_align(one[:1], [regions], pool.output_size, scale, pool.sampling_ratio)
+            roi_align(
+                *(one[:1], [regions], pool.output_size, scale, pool.sampling_ratio), aligned=hasattr(pool, "aligned")
+            )
             for one, scale in zip(self.maps, scales, strict=False)
         ]
         found: Tensor = read[0]
@@ -215,6 +217,14 @@ class Answers:
         return logits.float()
 
 
+def pool(backbone: Pyramid, size: int, *, exact: bool) -> MultiScaleRoIAlign:
+    """Return what reads regions, so many cells a side, of the levels that stand on the backbone's maps."""
+    count = len(backbone.places)
+    if exact:
+        return ExactRegions(backbone.strides[:count], size)
+    return MultiScaleRoIAlign([str(number) for number in range(count)], size, 2)
+
+
 def masks_of(masks: Tensor, labels: Tensor) -> Tensor:
     """Return of `[N, K + 1, h, w]` masks, the first for nothing, those `[N, h, w]` of labels `[N]`."""
     return masks.gather(1, (labels + 1)[:, None, None, None].expand(-1, 1, *masks.shape[2:]))[:, 0]
@@ -232,6 +242,7 @@ class FasterRCNN(nn.Module):
         num_classes: K.
         masks: tell masks as well (Mask R-CNN).
         anchor: side of an anchor, in strides.
+        exact: nothing is rounded, see `tutelage.models.detectors.exact`.
         box_head: see `BoxHead`.
         proposal_depth: convolutions before proposals.
         head_width: of the layers over regions.
@@ -261,6 +272,7 @@ class FasterRCNN(nn.Module):
         *,
         masks: bool = False,
         anchor: float = 8.0,
+        exact: bool = False,
         box_head: BoxHead = "layers",
         proposal_depth: int = 1,
         head_width: int = 1024,
@@ -281,13 +293,16 @@ class FasterRCNN(nn.Module):
         self.backbone = Pyramid(**{"levels": (4, 8, 16, 32), "extra": "pool", **options})
         width, strides = self.backbone.width, self.backbone.strides
         sides = tuple((int(anchor * stride),) for stride in strides)
-        generator = AnchorGenerator(sides, (RATIOS,) * len(sides))
+        generator = (
+            ExactAnchors([[anchor * stride] for stride in strides], RATIOS, strides)
+            if exact
+            else AnchorGenerator(sides, (RATIOS,) * len(sides))
+        )
         train, test = proposals
         kept = {"training": train, "testing": test}
         self.rpn = RegionProposalNetwork(
             generator, RPNHead(width, len(RATIOS), conv_depth=proposal_depth), 0.7, 0.3, proposed, 0.5, kept, kept, 0.7
         )
-        names = [str(number) for number in range(len(self.backbone.places))]
         head = (
             TwoMLPHead(width * 7**2, head_width)
             if box_head == "layers"
@@ -297,12 +312,12 @@ class FasterRCNN(nn.Module):
         if masks:
             layer = nn.BatchNorm2d if box_head == "convolutions" else None
             more = {
-                "mask_roi_pool": MultiScaleRoIAlign(names, 14, 2),
+                "mask_roi_pool": pool(self.backbone, 14, exact=exact),
                 "mask_head": MaskRCNNHeads(width, [width] * 4, 1, norm_layer=layer),
                 "mask_predictor": MaskRCNNPredictor(width, width, num_classes + 1),
             }
         self.roi_heads = RoIHeads(
-            *(MultiScaleRoIAlign(names, 7, 2), head, FastRCNNPredictor(head_width, num_classes + 1)),
+            *(pool(self.backbone, 7, exact=exact), head, FastRCNNPredictor(head_width, num_classes + 1)),
             *(0.5, 0.5, regions, 0.25, None, threshold, iou, most),
             **more,
         )
@@ -341,6 +356,8 @@ class FasterRCNN(nn.Module):
 
 
 ARCHITECTURES = {"faster_rcnn": FasterRCNN}
+#: What weights of mmdetection want.
+MMDETECTION: dict[str, dict[str, Any]] = {"faster_rcnn": {"exact": True}}
 FIRST = {"backbone": "torchvision:resnet50", "frozen_norm": True, "norm_eps": 0.0}
 SECOND = {"backbone": "torchvision:resnet50", "norm": "batch", "box_head": "convolutions", "proposal_depth": 2}
 #: Detectors of torchvision that this is, with their options.

@@ -3,13 +3,14 @@
 
 The parts and their names are torchvision's, so that its published weights fit; nothing resizes within.
 
-Reference: Tian et al., FCOS: A Simple and Strong Anchor-free Object Detector, TPAMI 2022.
+References: Tian et al., FCOS: Fully Convolutional One-Stage Object Detection, ICCV 2019; the same, FCOS: A Simple and
+Strong Anchor-free Object Detector, TPAMI 2022.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, final
+from typing import Any, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,8 @@ from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import generalized_box_iou_loss
 
 from tutelage.core import Tap
-from tutelage.core.error import UserError
+from tutelage.core.error import UserError, nearest
+from tutelage.functional.anchors import levels
 from tutelage.functional.precision import full_precision
 from tutelage.models.detectors.dense import (
     TOWERS,
@@ -36,7 +38,11 @@ from tutelage.models.detectors.dense import (
     top,
 )
 from tutelage.models.detectors.pyramid import Pyramid
+from tutelage.models.detectors.towers import Scale
 
+#: Which paper: in the later one distances are in strides, and centredness stands beside them; in the first one they
+#: are exponentials of what each level scales for itself, in pixels, and centredness stands beside the classes.
+Form = Literal["tpami", "iccv"]
 GROUPS = 32  # of the norms in the towers
 RANGE = (4.0, 8.0)  # how far the farthest edge may be, in strides, for a level to answer for it
 
@@ -181,6 +187,7 @@ class FCOS(nn.Module):
 
     Args:
         num_classes: K.
+        form: see `Form`.
         radius: how near to a box's centre a position must be to learn it, in strides.
         threshold: score below which nothing was found.
         candidates: best scores of a level that are looked at.
@@ -189,13 +196,14 @@ class FCOS(nn.Module):
         options: of `Pyramid`; `width` is a multiple of 32.
 
     Raises:
-        UserError: if the width is no multiple of 32.
+        UserError: if the width is no multiple of 32, or the form is not known.
     """
 
     def __init__(
         self,
         num_classes: int,
         *,
+        form: Form = "tpami",
         radius: float = 1.5,
         threshold: float = 0.2,
         candidates: int = 1000,
@@ -208,9 +216,12 @@ class FCOS(nn.Module):
         self.backbone = Pyramid(**options)
         if self.backbone.width % GROUPS:
             raise UserError(f"fcos: width is a multiple of {GROUPS}, not {self.backbone.width}")
+        if form not in get_args(Form):
+            raise UserError(f"form {form!r} is not known{nearest(str(form), get_args(Form))}")
         sides = tuple((stride,) for stride in self.backbone.strides)
         self.anchor_generator = AnchorGenerator(sides, ((1.0,),) * len(sides))
         self.head = FCOSHead(self.backbone.width, 1, num_classes)
+        self.scales = nn.ModuleList([Scale() for _ in self.backbone.strides] if form == "iccv" else [])
         self.reading = partial(Answers, radius=radius, threshold=threshold, candidates=candidates, iou=iou, most=most)
 
     def forward(self, pixels: Tensor, image_size: Tensor | None = None) -> Answers:
@@ -221,13 +232,25 @@ class FCOS(nn.Module):
             image_size: `[B, 2]` height and width without padding; without it nothing is padded.
         """
         maps = self.backbone(pixels, image_size)
-        said = self.head(maps)
+        logits, distances, centreness = self._first_form(maps) if self.scales else self._said(maps)
         size = sizes(pixels, image_size)
         [squares] = self.anchor_generator(ImageList(pixels, [tuple(pixels.shape[-2:])]), maps)
         counts = [one.shape[2] * one.shape[3] for one in maps]
-        return self.reading(
-            said["cls_logits"], said["bbox_regression"], said["bbox_ctrness"][..., 0], squares, counts, size
-        )
+        return self.reading(logits, distances, centreness, squares, counts, size)
+
+    def _said(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        said = self.head(maps)
+        return said["cls_logits"], said["bbox_regression"], said["bbox_ctrness"][..., 0]
+
+    def _first_form(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        kinds, places = self.head.classification_head, self.head.regression_head
+        logits, distances, centreness = [], [], []
+        for one, stride, scale in zip(maps, self.backbone.strides, self.scales, strict=True):
+            seen = kinds.conv(one)
+            logits.append(kinds.cls_logits(seen))
+            distances.append(scale(places.bbox_reg(places.conv(one))).float().exp() / stride)
+            centreness.append(places.bbox_ctrness(seen))
+        return levels(logits).squeeze(2), levels(distances).squeeze(2), levels(centreness).squeeze(2).squeeze(2)
 
     def roles(self) -> dict[str, Tap]:
         """Return the places of the maps and of the heads' answers, one for each level."""
@@ -243,5 +266,7 @@ class FCOS(nn.Module):
 
 
 ARCHITECTURES = {"fcos": FCOS}
+#: What weights of mmdetection want.
+MMDETECTION: dict[str, dict[str, Any]] = {"fcos": {"form": "iccv", "threshold": 0.05, "iou": 0.5}}
 #: Detectors of torchvision that this is, with their options.
 PUBLISHED = {"fcos_resnet50_fpn": {"detector": "fcos", "backbone": "torchvision:resnet50", "frozen_norm": True}}

@@ -300,3 +300,5 @@ class GFL(nn.Module):
 
 
 ARCHITECTURES = {"gfl": GFL}
+#: What weights of mmdetection want.
+MMDETECTION: dict[str, dict[str, Any]] = {"gfl": {"between": "nothing"}}

@@ -7,7 +7,7 @@ published weights of its detectors fit.
 
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, Literal, final, get_args
 
@@ -25,6 +25,8 @@ from tutelage.models.detectors.towers import Norm, normalization
 #: What follows the levels of the pyramid: two strided convolutions (on its last map, or on the backbone's), one
 #: subsampling, or nothing.
 Extra = Literal["p6p7", "p6p7_backbone", "pool", "none"]
+#: What stands between the two strided convolutions: a ReLU, nothing, or the pyramid's norm behind each of them.
+Between = Literal["relu", "nothing", "norm"]
 STRIDES = (4, 8, 16, 32)
 TINY = re.compile(r"tiny(\d+)(?:x(\d+))?")
 
@@ -119,6 +121,33 @@ class Rows(nn.ModuleDict):
         return found
 
 
+class Further(LastLevelP6P7):
+    """Two strided convolutions behind a pyramid.
+
+    Args:
+        width_in: channels of the map they follow.
+        width: of the pyramid.
+        between: see `Between`.
+        layer: makes the norm.
+    """
+
+    def __init__(
+        self, width_in: int, width: int, between: Between, layer: Callable[[int], nn.Module] | None = None
+    ) -> None:
+        super().__init__(width_in, width)
+        self.between = between
+        if between == "norm" and layer is not None:
+            self.p6, self.p7 = (
+                nn.Sequential(nn.Conv2d(own, width, 3, 2, 1, bias=False), layer(width)) for own in (width_in, width)
+            )
+
+    def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        """Return the maps with two more."""
+        first = self.p6(p[-1] if self.use_P5 else c[-1])
+        second = self.p7(F.relu(first) if self.between == "relu" else first)
+        return [*p, first, second], [*names, "p6", "p7"]
+
+
 @final
 class Pyramid(nn.Module):
     """Backbone and feature pyramid: pixels to maps of one width, from the finest to the coarsest.
@@ -128,12 +157,14 @@ class Pyramid(nn.Module):
         width: channels of every map of the pyramid.
         levels: strides of the backbone's maps that the pyramid takes.
         extra: what follows the last of them; see `Extra`.
+        between: what stands between the convolutions of `extra`; see `Between`.
         norm: `batch` or `group`: what normalises behind the pyramid's convolutions; nothing by default.
         pretrained: with the library's own weights of the backbone.
         frozen_norm: batch norms of the backbone are constants: neither statistics nor scales move.
         norm_eps: added to the variances in the backbone's batch norms; their own where None.
         frozen_stages: so many stages, the stem first, are not trained; 0 trains all.
         deformable: strides of the backbone's stages whose 3x3 convolutions learn where to look.
+        stride_first: the first convolution of a bottleneck has its stride, and not the second: as in Caffe's networks.
 
     Attributes:
         strides: of the maps, by level.
@@ -157,16 +188,22 @@ class Pyramid(nn.Module):
         width: int = 256,
         levels: Sequence[int] = (8, 16, 32),
         extra: Extra = "p6p7",
+        between: Between = "relu",
         norm: Norm | None = None,
         pretrained: bool = False,
         frozen_norm: bool = False,
         frozen_stages: int = 0,
         norm_eps: float | None = None,
         deformable: Sequence[int] = (),
+        stride_first: bool = False,
     ) -> None:
         super().__init__()
         if extra not in get_args(Extra):
             raise UserError(f"extra {extra!r} is not known{nearest(str(extra), get_args(Extra))}")
+        if between not in get_args(Between):
+            raise UserError(f"between {between!r} is not known{nearest(str(between), get_args(Between))}")
+        if between == "norm" and norm in (None, "none"):
+            raise UserError("between: norm is the pyramid's, and it has none: give `norm`")
         body, strides, widths = _body(backbone, max(levels, default=0), pretrained)
         for stride in levels:
             if stride not in strides:
@@ -177,6 +214,8 @@ class Pyramid(nn.Module):
                 raise UserError(
                     f"deformable: backbone {backbone!r} has no 3x3 convolutions that end at stride {stride}"
                 )
+        if stride_first and not _strides_first(body):
+            raise UserError(f"stride_first: backbone {backbone!r} has no bottlenecks of three convolutions")
         if list(levels) != sorted(set(levels)) or not levels:
             raise UserError(f"levels are strides in ascending order, not {list(levels)}")
         self.body, self.width = body, width
@@ -184,12 +223,12 @@ class Pyramid(nn.Module):
         taken = [widths[place] for place in self.places]
         more: nn.Module | None = None
         count = {"p6p7": 2, "p6p7_backbone": 2, "pool": 1, "none": 0}[extra]
+        layer = normalization(norm or "none", "norm")
         if count == 2:
-            more = LastLevelP6P7(width if extra == "p6p7" else taken[-1], width)
+            more = Further(width if extra == "p6p7" else taken[-1], width, between, layer)
             more.use_P5 = extra == "p6p7"
         elif count == 1:
             more = LastLevelMaxPool()
-        layer = normalization(norm or "none", "norm")
         self.normed = layer is not None
         self.fpn = FeaturePyramidNetwork(taken, width, more, layer)
         self.strides = (*levels, *(levels[-1] * 2**step for step in range(1, count + 1)))
@@ -327,6 +366,17 @@ def _timm(name: str, pretrained: bool) -> tuple[nn.Module, tuple[int, ...], list
         raise UserError(f"backbone timm:{name}: its weights cannot be had ({error})") from error
     channels_last = str(getattr(network, "output_fmt", "")).endswith("NHWC")
     return _Maps(network, channels_last), tuple(info.reduction()), list(info.channels())
+
+
+def _strides_first(body: nn.Module) -> int:
+    """Give the stride of each bottleneck to its first convolution; return how many bottlenecks there are."""
+    count = 0
+    for part in body.modules():
+        first, second = (getattr(part, name, None) for name in ("conv1", "conv2"))
+        if isinstance(first, nn.Conv2d) and isinstance(second, nn.Conv2d) and hasattr(part, "conv3"):
+            first.stride, second.stride = second.stride, first.stride
+            count += 1
+    return count
 
 
 def _freeze(body: nn.Module, stages: int, name: str) -> None:

@@ -295,3 +295,5 @@ class RepPoints(nn.Module):
 
 
 ARCHITECTURES = {"reppoints": RepPoints}
+#: What weights of mmdetection want.
+MMDETECTION: dict[str, dict[str, Any]] = {"reppoints": {"norm": "group", "head_norm": "group", "between": "norm"}}

@@ -38,6 +38,7 @@ from tutelage.models.detectors.dense import (
     sizes,
     top,
 )
+from tutelage.models.detectors.exact import ExactAnchors
 from tutelage.models.detectors.pyramid import Pyramid
 
 SCALES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
@@ -134,6 +135,7 @@ class RetinaNet(nn.Module):
     Args:
         num_classes: K.
         anchor: side of the smallest anchor, in strides.
+        exact: anchors are not rounded, see `tutelage.models.detectors.exact`.
         head_norm: `batch` or `group` puts a norm behind each convolution of the towers.
         box_loss: of the boxes' codes (`l1`), or of the boxes (`giou`).
         threshold: score below which nothing was found.
@@ -154,6 +156,7 @@ class RetinaNet(nn.Module):
         num_classes: int,
         *,
         anchor: float = 4.0,
+        exact: bool = False,
         head_norm: str | None = None,
         box_loss: BoxLoss = "l1",
         threshold: float = 0.05,
@@ -165,8 +168,13 @@ class RetinaNet(nn.Module):
         super().__init__()
         self.num_classes = num_classes
         self.backbone = Pyramid(**options)
-        sides = [[int(anchor * stride * scale) for scale in SCALES] for stride in self.backbone.strides]
-        self.anchor_generator = AnchorGenerator(tuple(map(tuple, sides)), (RATIOS,) * len(sides))
+        sides = [[anchor * stride * scale for scale in SCALES] for stride in self.backbone.strides]
+        whole = tuple(tuple(map(int, row)) for row in sides)
+        self.anchor_generator = (
+            ExactAnchors(sides, RATIOS, self.backbone.strides)
+            if exact
+            else AnchorGenerator(whole, (RATIOS,) * len(sides))
+        )
         if head_norm not in HEAD_NORMS:
             raise UserError(f"head_norm {head_norm!r} is not known{nearest(str(head_norm), map(str, HEAD_NORMS))}")
         if box_loss not in get_args(BoxLoss):
@@ -207,6 +215,8 @@ class RetinaNet(nn.Module):
 
 
 ARCHITECTURES = {"retinanet": RetinaNet}
+#: What weights of mmdetection want.
+MMDETECTION: dict[str, dict[str, Any]] = {"retinanet": {"extra": "p6p7_backbone", "between": "nothing", "exact": True}}
 #: Detectors of torchvision that this is, with their options.
 PUBLISHED = {
     "retinanet_resnet50_fpn": {
