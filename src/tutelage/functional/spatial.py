@@ -222,6 +222,16 @@ def mean_square(apart: Tensor, keep: Tensor | None = None) -> Tensor:
     return square.sum() / max(apart.numel(), 1)
 
 
+def kept_sum(values: Tensor, keep: Tensor | None = None) -> Tensor:
+    """Return the sum of a map over its kept places.
+
+    Args:
+        values: `[B, C, H, W]`, or any shape where all places are kept.
+        keep: `[B, H, W]` bool; None keeps all.
+    """
+    return values.sum() if keep is None else values.where(keep[:, None], 0.0).sum()
+
+
 def small_labels(labels: Tensor, height: int, width: int) -> Tensor:
     """Return class maps at the size of a feature map, each position the nearest pixel above and left of it.
 

@@ -140,6 +140,18 @@ def test_the_objective_switches_from_boundaries_to_the_task() -> None:
     assert found == [(0, 3e-3), (0, 3e-3), (1, 0), (1, 0)]
 
 
+# what is ignored
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ignored_places_leave_what_cut_maps_give(form: Any) -> None:
+    one, other = torch.randn(2, 2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    keep = torch.zeros(2, 3, 5, dtype=torch.bool)
+    keep[..., :2] = True
+    found = ab([one, one], [other, other], form=form, keep=[keep, None])
+    torch.testing.assert_close(found, ab([one[..., :2], one], [other[..., :2], other], form=form))
+
+
 # odd cases
 
 

@@ -151,6 +151,18 @@ def test_the_hint_lies_one_stage_before_the_last() -> None:
     assert FitNet(student_tap="layer2").reads.student[0].where == "layer2"
 
 
+# what is ignored
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_ignored_places_leave_what_cut_maps_give(form: Any) -> None:
+    one, other = torch.randn(2, 2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    keep = torch.zeros(2, 3, 5, dtype=torch.bool)
+    keep[..., :2] = True
+    found = fitnet(one, other, form=form, keep=keep)
+    torch.testing.assert_close(found, fitnet(one[..., :2], other[..., :2], form=form))
+
+
 # odd cases
 
 

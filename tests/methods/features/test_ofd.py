@@ -211,6 +211,18 @@ def test_in_a_run_the_norms_are_found() -> None:
     machine.close()
 
 
+# what is ignored
+
+
+def test_ignored_places_leave_what_cut_maps_give() -> None:
+    one, other = torch.randn(2, 2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    margins = [torch.full((4,), -0.5, dtype=torch.float64)] * 2
+    keep = torch.zeros(2, 3, 5, dtype=torch.bool)
+    keep[..., :2] = True
+    found = ofd([one, one], [other, other], margins, keep=[keep, None])
+    torch.testing.assert_close(found, ofd([one[..., :2], one], [other[..., :2], other], margins))
+
+
 # odd cases
 
 

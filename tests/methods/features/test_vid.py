@@ -157,6 +157,18 @@ def test_the_variances_are_trained() -> None:
     assert all(scale.grad is not None and scale.grad.all() for scale in term.log_scales)
 
 
+# what is ignored
+
+
+def test_ignored_places_leave_what_cut_maps_give() -> None:
+    one, other = torch.randn(2, 2, 4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    scales = [torch.linspace(-1, 2, 4, dtype=torch.float64)] * 2
+    keep = torch.zeros(2, 3, 5, dtype=torch.bool)
+    keep[..., :2] = True
+    found = vid([one, one], scales, [other, other], keep=[keep, None])
+    torch.testing.assert_close(found, vid([one[..., :2], one], scales, [other[..., :2], other]))
+
+
 # odd cases
 
 

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Term
 from tutelage.core.bridge import check_maps, check_statistics, regressor
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import kept_sum, mean_square
 
 CARD = Card(
     name="AB",
@@ -52,6 +54,7 @@ def ab(
     *,
     margin: float = 1.0,
     form: Form = "released",
+    keep: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Return how far neurons are from the teacher's side of their boundary, and the margin beyond it.
 
@@ -70,6 +73,7 @@ def ab(
         teacher_maps: `[B, C, H, W]` of the same layers before the activation.
         margin: m, > 0.
         form: `released`, `sum` (without layer weights) or `mean`.
+        keep: `[B, H, W]` bool of each layer, the places that are compared; None, or nothing at all, keeps all.
 
     Returns:
         Scalar, float32 or wider; a batch without rows gives a connected zero.
@@ -84,9 +88,9 @@ def ab(
 
     Reference: Heo et al., Knowledge Transfer via Distillation of Activation Boundaries, AAAI 2019, eq. 5.
     """
-    layers = []
+    layers, places = [], keep or [None] * len(student_maps)
     last = len(student_maps) - 1
-    for number, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
+    for number, (student, teacher, left) in enumerate(zip(student_maps, teacher_maps, places, strict=True)):
         if student.shape != teacher.shape:
             raise UserError(
                 f"ab compares maps of one shape: the student's is {list(student.shape)}, "
@@ -94,10 +98,10 @@ def ab(
             )
         too_high = torch.where((student > -margin) & (teacher <= 0), student + margin, 0.0)
         too_low = torch.where((student <= margin) & (teacher > 0), student - margin, 0.0)
-        total = (too_high + too_low).square().sum()
         if form == "mean":
-            layers.append(total / max(student.numel(), 1))
+            layers.append(mean_square(too_high + too_low, left))
         else:
+            total = kept_sum((too_high + too_low).square(), left)
             layers.append((2.0 ** (number - last) if form == "released" else 1.0) * total / max(len(student), 1))
     return torch.stack(layers).sum()
 
@@ -162,4 +166,5 @@ class AB(Term):
             if isinstance(connector, nn.Sequential):
                 check_statistics(teacher[other], self.training, "ab")
             maps.append(connector(student[one]))
-        return ab(maps, [teacher[other] for _, other in self.names], margin=self.margin, form=self.form)
+        goals = [teacher[other] for _, other in self.names]
+        return ab(maps, goals, margin=self.margin, form=self.form, keep=[known(batch, goal) for goal in goals])

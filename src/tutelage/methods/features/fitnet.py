@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Tap, Term
 from tutelage.core.bridge import check_maps, check_statistics, regressor
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import kept_sum, mean_square
 
 CARD = Card(
     name="FitNet",
@@ -42,7 +44,9 @@ FORMS: tuple[Form, ...] = ("conv", "conv_bn", "conv_bn_relu", "paper")
 
 
 @full_precision
-def fitnet(regressed: Tensor, teacher_map: Tensor, *, form: Form = "conv_bn_relu") -> Tensor:
+def fitnet(
+    regressed: Tensor, teacher_map: Tensor, *, form: Form = "conv_bn_relu", keep: Tensor | None = None
+) -> Tensor:
     """Return the distance between the regressed and the teacher's map.
 
         L = 1 / (B C H W) * sum_{b,c,h,w} ( r(s) - t )^2
@@ -57,6 +61,7 @@ def fitnet(regressed: Tensor, teacher_map: Tensor, *, form: Form = "conv_bn_relu
         regressed: `[B, C, H, W]`, the student's map through the regressor.
         teacher_map: `[B, C, H, W]`.
         form: `paper`, or any other form of the regressor.
+        keep: `[B, H, W]` bool, the places that are compared; None keeps all.
 
     Returns:
         Scalar, float32 or wider; a batch without rows gives a connected zero.
@@ -76,8 +81,9 @@ def fitnet(regressed: Tensor, teacher_map: Tensor, *, form: Form = "conv_bn_relu
             f"fitnet compares maps of one shape: the regressed one is {list(regressed.shape)}, "
             f"the teacher's {list(teacher_map.shape)}"
         )
-    total = (regressed - teacher_map).square().sum()
-    return total / max(2 * len(regressed) if form == "paper" else regressed.numel(), 1)
+    if form == "paper":
+        return kept_sum((regressed - teacher_map).square(), keep) / max(2 * len(regressed), 1)
+    return mean_square(regressed - teacher_map, keep)
 
 
 @final
@@ -133,4 +139,5 @@ class FitNet(Term):
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:  # type: ignore[override]
         """Return the distance between the regressed and the teacher's map."""
         regressed = self.regress(student[self.student_tap.name])
-        return fitnet(regressed, teacher[self.teacher_tap.name], form=self.form)
+        goal = teacher[self.teacher_tap.name]
+        return fitnet(regressed, goal, form=self.form, keep=known(batch, goal))

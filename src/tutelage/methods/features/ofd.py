@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Term
 from tutelage.core.bridge import check_grid, check_maps, check_statistics
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.core.layers import Layers, Places
 from tutelage.core.tap import expand
 from tutelage.functional.precision import full_precision
+from tutelage.functional.spatial import kept_sum
 
 CARD = Card(
     name="OFD",
@@ -48,7 +50,13 @@ Margin = Literal["norm", "batch"]
 
 
 @full_precision
-def ofd(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], margins: Sequence[Tensor]) -> Tensor:
+def ofd(
+    student_maps: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    margins: Sequence[Tensor],
+    *,
+    keep: Sequence[Tensor | None] = (),
+) -> Tensor:
     """Return the partial squared distance to the teacher's maps.
 
         L = sum_l 2^(l - last) / B * sum d(s, max(t, m))
@@ -64,6 +72,7 @@ def ofd(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], margins:
             to deep.
         teacher_maps: `[B, C, H, W]` of the same layers before the activation.
         margins: m of each layer, `[C]`, negative: see :func:`norm_margin` and :func:`batch_margin`.
+        keep: `[B, H, W]` bool of each layer, the places that are compared; None, or nothing at all, keeps all.
 
     Returns:
         Scalar, float32 or wider; a batch without rows gives a connected zero.
@@ -78,9 +87,10 @@ def ofd(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], margins:
 
     Reference: Heo et al., A Comprehensive Overhaul of Feature Distillation, ICCV 2019, eq. 1-4.
     """
-    layers = []
+    layers, places = [], keep or [None] * len(student_maps)
     last = len(student_maps) - 1
-    for number, (student, teacher, margin) in enumerate(zip(student_maps, teacher_maps, margins, strict=True)):
+    sides = zip(student_maps, teacher_maps, margins, places, strict=True)
+    for number, (student, teacher, margin, left) in enumerate(sides):
         if student.shape != teacher.shape:
             raise UserError(
                 f"ofd compares maps of one shape: the student's is {list(student.shape)}, "
@@ -88,7 +98,7 @@ def ofd(student_maps: Sequence[Tensor], teacher_maps: Sequence[Tensor], margins:
             )
         target = torch.maximum(teacher, margin[:, None, None])
         apart = torch.where((student <= target) & (target <= 0), 0.0, student - target)
-        layers.append(2.0 ** (number - last) * apart.square().sum() / max(len(student), 1))
+        layers.append(2.0 ** (number - last) * kept_sum(apart.square(), left) / max(len(student), 1))
     return torch.stack(layers).sum()
 
 
@@ -208,6 +218,6 @@ class OFD(Term):
             check_statistics(teacher[other], self.training, "ofd")
             maps.append(self.connectors[number](student[one]))
             goals.append(teacher[other])
-            known = self.margin == "norm"
-            margins.append(self.get_buffer(f"margin_{number}") if known else batch_margin(teacher[other]))
-        return ofd(maps, goals, margins)
+            fixed = self.margin == "norm"
+            margins.append(self.get_buffer(f"margin_{number}") if fixed else batch_margin(teacher[other]))
+        return ofd(maps, goals, margins, keep=[known(batch, goal) for goal in goals])

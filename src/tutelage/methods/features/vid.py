@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from tutelage.core import Batch, Card, Facts, Reads, Signals, Term
 from tutelage.core.bridge import check_maps
 from tutelage.core.error import UserError
+from tutelage.core.ignored import known
 from tutelage.core.layers import Layers, Places
 from tutelage.functional.precision import full_precision
-from tutelage.functional.spatial import match
+from tutelage.functional.spatial import match_kept, over_kept
 
 CARD = Card(
     name="VID",
@@ -43,7 +44,12 @@ OBJECTIVE = {"task": 1.0, "vid": {"weight": 1.0}}
 
 @full_precision
 def vid(
-    means: Sequence[Tensor], log_scales: Sequence[Tensor], teacher_maps: Sequence[Tensor], *, eps: float = 1e-5
+    means: Sequence[Tensor],
+    log_scales: Sequence[Tensor],
+    teacher_maps: Sequence[Tensor],
+    *,
+    eps: float = 1e-5,
+    keep: Sequence[Tensor | None] = (),
 ) -> Tensor:
     """Return the negative log-likelihood of the teacher's maps, summed over layers.
 
@@ -58,6 +64,7 @@ def vid(
         log_scales: a of each layer, `[C]`.
         teacher_maps: `[B, C, H, W]` of each layer.
         eps: smallest variance.
+        keep: `[B, H, W]` bool of each layer, the places that are compared; None, or nothing at all, keeps all.
 
     Returns:
         Scalar, float32 or wider; a batch without rows gives a connected zero.
@@ -72,8 +79,8 @@ def vid(
 
     Reference: Ahn et al., Variational Information Distillation for Knowledge Transfer, CVPR 2019, eq. 3-5.
     """
-    layers = []
-    for mean, log_scale, teacher_map in zip(means, log_scales, teacher_maps, strict=True):
+    layers, places = [], keep or [None] * len(means)
+    for mean, log_scale, teacher_map, left in zip(means, log_scales, teacher_maps, places, strict=True):
         if mean.shape != teacher_map.shape:
             raise UserError(
                 f"vid compares maps of one shape: the predicted one is {list(mean.shape)}, "
@@ -81,7 +88,8 @@ def vid(
             )
         variance = (F.softplus(log_scale) + eps)[:, None, None]
         likelihood = (mean - teacher_map).square() / variance + variance.log()
-        layers.append(likelihood.sum() / max(2 * mean.numel(), 1))
+        rows = over_kept(likelihood, None if left is None else left[:, None])
+        layers.append(rows.sum() / max(2 * mean.numel(), 1))
     return torch.stack(layers).sum()
 
 
@@ -137,9 +145,11 @@ class VID(Term):
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> Tensor:  # type: ignore[override]
         """Return the negative log-likelihood of the teacher's maps."""
-        means, maps = [], []
+        means, maps, places = [], [], []
         for regressor, (one, other) in zip(self.regressors, self.names, strict=True):
-            source, goal = match(student[one], teacher[other])
+            ours, theirs = student[one], teacher[other]
+            source, goal, left = match_kept(ours, theirs, known(batch, ours), known(batch, theirs))
             means.append(regressor(source))
             maps.append(goal)
-        return vid(means, list(self.log_scales), maps, eps=self.eps)
+            places.append(left)
+        return vid(means, list(self.log_scales), maps, eps=self.eps, keep=places)
