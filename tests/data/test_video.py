@@ -8,8 +8,7 @@ import pytest
 
 from film import COLOURS, SIDES, filmed
 from tutelage.core.error import UserError
-from tutelage.data import annotations, masks
-from tutelage.data.folder import read_image
+from tutelage.data.folder import read_image, size_of
 from tutelage.data.video import decoded, frames_of, is_frame, is_video, read_frame
 
 
@@ -34,7 +33,7 @@ def test_a_frame_is_read_like_an_image_in_any_order(tmp_path: Path) -> None:
         assert image.shape == (3, SIDES[1], SIDES[0])
         assert near(image.permute(1, 2, 0).numpy(), number)
     assert read_image(paths[3], 1).shape == (1, SIDES[1], SIDES[0])
-    assert annotations.size_of(paths[0]) == masks.size_of(paths[4]) == (SIDES[1], SIDES[0])
+    assert size_of(paths[0]) == size_of(paths[4]) == (SIDES[1], SIDES[0])
     with pytest.raises(OSError, match="the video ends after 5 frames"):
         read_frame(paths[0].with_name("walk-000007.png"))
 

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from tutelage.core.error import UserError
-from tutelage.data.video import is_frame, size_of_frame
 
 #: One thing's shape: polygons [[x, y, ...], ...] or a run-length code of COCO (`size` and `counts`).
 Shape = Sequence[Sequence[float]] | Mapping[str, Any]
-ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: a quarter turn
 TOLERANCE = 1.0  # pixels by which a box may reach over an edge without a word: rounding
 
 
@@ -94,21 +92,6 @@ def decoded(code: Mapping[str, Any]) -> Tensor:
     with warnings.catch_warnings():  # pycocotools speaks to numpy as numpy 1 wanted it
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
         return torch.from_numpy(mask.decode(dict(code))).bool()
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """Return (height, width) of an image file as it is shown, without decoding it.
-
-    Raises:
-        OSError: if the file is missing, damaged or no image.
-    """
-    from PIL import Image
-
-    if is_frame(path):
-        return size_of_frame(path)
-    with Image.open(path) as image:
-        turned = image.getexif().get(ORIENTATION, 1) in TURNED
-        return (image.width, image.height) if turned else (image.height, image.width)
 
 
 @final

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from tutelage.core import Batch
 from tutelage.core.batch import Frame
 from tutelage.core.error import UserError, check_words, nearest
-from tutelage.data.annotations import Annotated, Table, Troubles, encoded, size_of
-from tutelage.data.folder import read_image
+from tutelage.data.annotations import Annotated, Table, Troubles, encoded
+from tutelage.data.folder import read_image, size_of
 from tutelage.data.loader import UNREADABLE
 from tutelage.data.mosaic import MixUp, Mosaic
 from tutelage.data.photometric import HSV, moves_of

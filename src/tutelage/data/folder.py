@@ -13,8 +13,9 @@ from torch import Tensor
 
 from tutelage.core.error import UserError, nearest
 from tutelage.data.samples import stratified, without
-from tutelage.data.video import is_frame, read_frame
+from tutelage.data.video import is_frame, read_frame, size_of_frame
 
+ORIENTATION, TURNED = 0x0112, (5, 6, 7, 8)  # of EXIF: a quarter turn
 #: Endings that are read as images.
 ENDINGS = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 #: Folder names of the splits.
@@ -85,6 +86,26 @@ def read_image(path: Path, channels: int) -> Tensor:
         raise OSError(str(error)) from error
     pixels = torch.from_numpy(np.array(image))
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels[None]
+
+
+def size_of(path: Path) -> tuple[int, int]:
+    """Return (height, width) of an image file as it is shown, or of a frame of a video, without decoding it.
+
+    Raises:
+        OSError: if the file is missing, damaged or no image.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if is_frame(path):
+        return size_of_frame(path)
+    try:
+        with Image.open(path) as found:
+            turned = found.getexif().get(ORIENTATION, 1) in TURNED
+            return found.size if turned else (found.size[1], found.size[0])
+    except UnidentifiedImageError:
+        raise OSError("no image") from None
+    except SyntaxError as error:
+        raise OSError(str(error)) from None
 
 
 def folder(

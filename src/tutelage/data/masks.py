@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tutelage.core.error import UserError, nearest
 from tutelage.data.folder import ENDINGS, TEST, TRAIN, VALIDATION
-from tutelage.data.video import is_frame, size_of_frame
 
 IGNORED = -1
 SPLITS = {"train": TRAIN, "validation": VALIDATION, "test": TEST}
@@ -131,26 +130,6 @@ def read_mask(path: Path, *, colour: bool) -> Tensor:
     except UnidentifiedImageError:
         raise OSError("the mask is no image") from None
     except SyntaxError as error:  # of a broken PNG
-        raise OSError(str(error)) from None
-
-
-def size_of(path: Path) -> tuple[int, int]:
-    """Return (height, width) from the head of an image file, turned as the camera's note says.
-
-    Raises:
-        OSError: if the file is missing or no image.
-    """
-    from PIL import Image, UnidentifiedImageError
-
-    if is_frame(path):
-        return size_of_frame(path)
-    try:
-        with Image.open(path) as found:
-            turned = found.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            return found.size if turned else (found.size[1], found.size[0])
-    except UnidentifiedImageError:
-        raise OSError("no image") from None
-    except SyntaxError as error:
         raise OSError(str(error)) from None
 
 

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from tutelage.core.error import UserError
 from tutelage.core.keypoints import BODY, WHOLEBODY, Layout
-from tutelage.data.annotations import Troubles, size_of, sound
+from tutelage.data.annotations import Troubles, sound
+from tutelage.data.folder import size_of
 
 SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val"), "test": ("test",)}
 #: What the name of a file of keypoints may hold, the best first.

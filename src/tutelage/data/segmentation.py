@@ -17,7 +17,7 @@ from tutelage.core.error import UserError, check_words, nearest
 from tutelage.data import masks
 from tutelage.data.annotations import Troubles
 from tutelage.data.augment import Step, pair
-from tutelage.data.folder import read_image
+from tutelage.data.folder import read_image, size_of
 from tutelage.data.loader import UNREADABLE
 from tutelage.data.masks import IGNORED, Codes, Pair
 from tutelage.data.photometric import HSV, Blur, MedianBlur, moves_of
@@ -258,7 +258,7 @@ class PairFiles:
 
     def size(self, index: int) -> tuple[int, int]:
         """Return (height, width) from the head of the file."""
-        return masks.size_of(self.files[index].image)
+        return size_of(self.files[index].image)
 
     def check(self, index: int, *, whole: bool) -> bool:
         """Return whether an image has a mask."""
@@ -266,7 +266,7 @@ class PairFiles:
         size = self.size(index)
         if files.mask is None:
             return False
-        require_same_size(masks.size_of(files.mask), size)
+        require_same_size(size_of(files.mask), size)
         if whole:
             self.codes.decode(masks.read_mask(files.mask, colour=self.codes.colour))
         return True

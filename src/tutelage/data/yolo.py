@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from tutelage.core.error import UserError
-from tutelage.data.annotations import Annotated, Shape, Table, Troubles, size_of, sound
-from tutelage.data.folder import ENDINGS
+from tutelage.data.annotations import Annotated, Shape, Table, Troubles, sound
+from tutelage.data.folder import ENDINGS, size_of
 
 SPLITS = {"train": ("train",), "validation": ("val", "valid", "validation"), "test": ("test",)}
 LEAST = 6  # numbers of a polygon: three points
