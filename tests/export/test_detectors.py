@@ -90,6 +90,12 @@ def test_the_copy_of_a_detector_of_transformers_finds_the_same_boxes(kind: str, 
         assert max(apart.amin(dim=0).max(), apart.amin(dim=1).max()) < 1e-2
 
 
+@pytest.mark.slow
+def test_a_detector_that_scores_all_places_alike_is_exported(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    export(made("rt_detr"), tmp_path / "student.onnx", "onnx", size=(2 * SIDE, 2 * SIDE))
+
+
 def said_apart(model: nn.Module) -> None:
     """Make a network of attention say something else of each place."""
     sharpened(model)

@@ -11,6 +11,7 @@ from detector_case import CLASSES, SIDE, framed, pictures
 from models.detectors.tiny_detr import KINDS, made
 from tutelage.core.error import UserError
 from tutelage.core.tap import Recorder
+from tutelage.models.detectors.detr import _Ordered
 from tutelage.models.load import load
 from tutelage.tasks.detection import Detection
 
@@ -76,7 +77,8 @@ def test_boxes_are_those_of_transformers() -> None:
     model.module.eval()
     pixels, _ = pictures(2)
     with torch.no_grad():
-        said = model.module.net(pixels)
+        with _Ordered():  # all queries score alike
+            said = model.module.net(pixels)
         found = model(pixels).detections()
     theirs = RTDetrImageProcessor().post_process_object_detection(said, threshold=0.0, target_sizes=[(SIDE, SIDE)] * 2)
     for one, other in zip(found, theirs, strict=True):
@@ -124,6 +126,21 @@ def test_taps_are_what_the_roles_say() -> None:
     taken = recorder.release()
     assert [taken[f"fpn[{level}]"].shape[-1] for level in range(3)] == [8, 4, 2]
     assert taken["hidden[1]"].shape == (2, 20, 32)
+
+
+def test_among_equal_queries_the_first_are_chosen() -> None:
+    scores = torch.tensor([[1.0, 2.0, 0.0, 2.0, 1.0] * 20])
+    with _Ordered():
+        for found in (torch.topk(scores, 41, dim=1), scores.topk(41), torch.topk(scores, k=41)):
+            assert found[1][0].tolist() == [place for place in range(100) if place % 5 in (1, 3)] + [0]
+            assert found.values[0, -1] == 1
+
+
+def test_images_may_be_too_small() -> None:
+    model = made("deformable_detr")
+    model.module.eval()
+    with pytest.raises(UserError, match=r"^images of 64 x 64 are too small for hf:deformable_detr, whose coarsest map"):
+        model(pictures(1)[0])
 
 
 def test_one_map_is_the_whole_pyramid() -> None:

@@ -8,12 +8,14 @@ Reference: Carion et al., End-to-End Object Detection with Transformers, ECCV 20
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from tutelage.core import InputSpec, Tap
 from tutelage.core.error import UserError, nearest
@@ -181,6 +183,9 @@ class Transformer(nn.Module):
             pixels: `[B, 3, H, W]`, as the type wants them.
             image_size: `[B, 2]` height and width without padding; without it nothing is padded.
             targets: what the loss holds the answers against.
+
+        Raises:
+            UserError: if a norm has a single position to look at.
         """
         whole = pixels.new_tensor(pixels.shape[-2:]).expand(len(pixels), 2)
         size = whole if image_size is None else image_size.to(pixels.dtype)
@@ -198,7 +203,19 @@ class Transformer(nn.Module):
                 for one, side in zip(targets, sides, strict=True)
             ]
         self.kept = []
-        said = self.net(pixels, **more)
+        # of queries that score alike the first are chosen, as ONNX has it
+        ordered = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        try:
+            with _Ordered() if ordered else nullcontext():
+                said = self.net(pixels, **more)
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            height, width = pixels.shape[-2:]
+            raise UserError(
+                f"images of {width} x {height} are too small for hf:{self.kind}, whose coarsest map would be a single "
+                "position: give larger ones"
+            ) from error
         (kept, self.kept), (asked, self.asked) = (self.kept, []), (self.asked, None)
         extra = getattr(said, "denoising_meta_values", None)
         own = slice(int(extra["dn_num_split"][0]) if extra else 0, None)
@@ -219,6 +236,18 @@ class Transformer(nn.Module):
         for number, path in enumerate(self.layers):
             found[f"hidden[{number}]"] = Tap(f"hidden.{number}" if self.noisy else path)
         return found
+
+
+class _Ordered(TorchFunctionMode):
+    """Among equals the largest are those that come first, which `topk` does not promise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.topk, Tensor.topk):
+            return func(*args, **(kwargs or {}))
+        given = {**dict(zip(("input", "k", "dim"), args, strict=False)), **(kwargs or {})}
+        values, count, dim = given["input"], given["k"], given.get("dim", -1)
+        best, place = values.sort(dim=dim, descending=True, stable=True)
+        return torch.return_types.topk((best.narrow(dim, 0, count), place.narrow(dim, 0, count)))
 
 
 def _shares(boxes: Tensor, sides: Tensor) -> Tensor:
