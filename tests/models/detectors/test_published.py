@@ -372,6 +372,11 @@ def test_what_stands_between_the_further_levels() -> None:
         if between == "norm":
             expected = F.conv2d(coarse, further.p6[0].weight, stride=2, padding=1)
             torch.testing.assert_close(first, F.group_norm(expected, 16, further.p6[1].weight, further.p6[1].bias))
+            assert [pyramid.roles("net")[f"fpn[{level}]"].where for level in (1, 2, 3)] == [
+                "net.fpn.layer_blocks.1.0",
+                "net.fpn.extra_blocks.p6.0",
+                "net.fpn.extra_blocks.p7.0",
+            ]
         else:
             torch.testing.assert_close(first, further.p6(coarse))
             torch.testing.assert_close(second, further.p7(first.relu() if between == "relu" else first))

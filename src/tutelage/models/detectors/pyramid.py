@@ -268,6 +268,9 @@ class Pyramid(nn.Module):
         if self.normed:
             blocks = range(len(self.places))
             levels |= {f"fpn[{number}]": Tap(f"{path}.fpn.layer_blocks.{number}.0") for number in blocks}
+        if isinstance(getattr(self.fpn.extra_blocks, "p6", None), nn.Sequential):
+            first = len(self.places)
+            levels |= {f"fpn[{first + step}]": Tap(f"{path}.fpn.extra_blocks.p{6 + step}.0") for step in (0, 1)}
         return found | levels
 
 
