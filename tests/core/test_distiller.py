@@ -476,6 +476,20 @@ def test_a_student_lends_what_is_only_called_as_it_stands() -> None:
     assert not any("lent" in name for name in distiller.state_dict())
 
 
+def test_a_term_may_call_and_read_nothing_else_of_the_teacher() -> None:
+    class Alone(Caller):
+        @property
+        def reads(self) -> Reads:
+            return replace(super().reads, teacher=())
+
+    for place in ("peer", "teacher"):
+        students = {"student": seeded(0), "peer": seeded(1)}
+        distiller = distill(Objective(far=Entry(Alone("bn"), teacher=place)), students)
+        assert distiller(small_batch(), distiller.observe(small_batch())).parts["far"] > 0
+    with pytest.raises(UserError, match="far: Alone needs a teacher, and none was given"):
+        Distiller(seeded(0), Objective(far=Alone("bn")), task=TASK, sample=small_batch())
+
+
 # the clock
 
 

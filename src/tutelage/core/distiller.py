@@ -182,7 +182,7 @@ class Distiller(nn.Module):
         for entry in self.objective.entries.values():
             wanted = entry.term.reads
             names += [entry.student, *_views(entry.student, wanted.student)]
-            if wanted.teacher or wanted.borrows:
+            if wanted.taught:
                 names += [entry.teacher, *_views(entry.teacher, wanted.teacher)]
         return list(dict.fromkeys(names))
 
@@ -202,7 +202,7 @@ class Distiller(nn.Module):
             if student not in self.models:
                 raise UserError(f"objective.{label}.student: no student {student!r}{nearest(student, self.models)}")
             taps[student] += [tap.plain for tap in wanted.student]
-            if not (wanted.teacher or wanted.borrows):
+            if not wanted.taught:
                 continue
             if teacher not in known:
                 if not self.teachers:

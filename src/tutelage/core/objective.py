@@ -127,7 +127,7 @@ class Objective(nn.Module):
         entry = self.entries[label]
         wanted = entry.term.reads
         student = _with_views(sources, entry.student, wanted.student)
-        if not (wanted.teacher or wanted.borrows):
+        if not wanted.taught:
             return student, None
         teacher = _with_views(sources, entry.teacher, wanted.teacher)
         learns = entry.teacher.partition("@")[0] in students and not entry.live

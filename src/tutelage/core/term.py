@@ -38,6 +38,11 @@ class Reads:
     borrows: tuple[str, ...] = ()
     calls: tuple[str, ...] = ()
 
+    @property
+    def taught(self) -> bool:
+        """Whether anything comes from who stands in the teacher's place."""
+        return bool(self.teacher or self.borrows or self.calls)
+
 
 @dataclass(frozen=True)
 class Outcome:

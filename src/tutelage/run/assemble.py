@@ -233,7 +233,7 @@ def _require_classes(recipe: Recipe, spec: Mapping[str, Any], data: Splits) -> N
     wanted = int(spec.get("num_classes", data.num_classes)) if "outputs" in spec else data.num_classes
     entries = build_objective(recipe.objective).entries.values()
     read = {tap.where for entry in entries for tap in entry.term.reads.teacher}
-    read |= {role for entry in entries for role in entry.term.reads.borrows}
+    read |= {role for entry in entries for role in (*entry.term.reads.borrows, *entry.term.reads.calls)}
     known = None if untrained(spec) else trained_classes(spec, wanted)
     if read & {"logits", "classifier", "classifier.weight"} and known not in (None, wanted):
         raise UserError(
@@ -265,7 +265,7 @@ def _read(distiller: Distiller) -> bool:
     """Whether some term reads a teacher."""
     entries = distiller.objective.entries.values()
     taught = [entry.term.reads for entry in entries if entry.teacher.partition("@")[0] in distiller.teachers]
-    return any(reads.teacher or reads.borrows for reads in taught)
+    return any(reads.taught for reads in taught)
 
 
 def assemble(

@@ -329,11 +329,7 @@ def with_objective(recipe: Recipe, objective: Mapping[str, Any]) -> Recipe:
         UserError: if the objective is not valid.
     """
     entries = build_objective(objective).entries.values()
-    read = [
-        e
-        for e in entries
-        if e.teacher.partition("@")[0] == "teacher" and (e.term.reads.teacher or e.term.reads.borrows)
-    ]
+    read = [e for e in entries if e.teacher.partition("@")[0] == "teacher" and e.term.reads.taught]
     named, taught = peers_of(objective), bool(read or rebuilds_of(objective))
     return recipe.model_copy(
         update={
