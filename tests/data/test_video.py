@@ -36,6 +36,7 @@ def test_a_frame_is_read_like_an_image_in_any_order(tmp_path: Path) -> None:
     assert size_of(paths[0]) == size_of(paths[4]) == (SIDES[1], SIDES[0])
     with pytest.raises(OSError, match="the video ends after 5 frames"):
         read_frame(paths[0].with_name("walk-000007.png"))
+    assert near(read_frame(paths[4]), 4)  # the last one is still there
 
 
 def test_a_video_that_is_replaced_is_read_anew(tmp_path: Path) -> None:

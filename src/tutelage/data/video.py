@@ -93,10 +93,10 @@ class _Reader:
         if number < self.number:  # back to the beginning
             self.number, self.frames = -1, decoded(self.video)
         while self.number < number:
-            self.frame = next(self.frames, None)
-            if self.frame is None:
+            found = next(self.frames, None)
+            if found is None:
                 raise OSError(f"the video ends after {self.number + 1} frames")
-            self.number += 1
+            self.frame, self.number = found, self.number + 1
         assert self.frame is not None
         return self.frame
 
