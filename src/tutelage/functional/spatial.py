@@ -78,17 +78,18 @@ def pooled(
     return mean / share.where(share > 0, 1.0), share[:, 0] > 0
 
 
-def at_grid(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
+def at_grid(feature_map: Tensor, size: tuple[int, int], keep: Tensor | None = None) -> Tensor:
     """Return a map at a grid: averaged over cells of a coarser one, bilinear on a finer one.
 
     Args:
         feature_map: `[B, C, H, W]`.
         size: (height, width) of the grid.
+        keep: `[B, H, W]` bool, the places that are averaged over; None takes all.
     """
     if tuple(feature_map.shape[2:]) == size:
         return feature_map
     if all(side >= goal for side, goal in zip(feature_map.shape[2:], size, strict=True)):
-        return F.adaptive_avg_pool2d(feature_map, size)
+        return pooled(feature_map, size, keep)[0]
     return F.interpolate(feature_map, size, mode="bilinear", align_corners=False)
 
 

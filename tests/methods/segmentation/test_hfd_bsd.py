@@ -235,6 +235,23 @@ def test_early_features_pass_the_peers_next_block() -> None:
     assert found.item() == pytest.approx(oracle.low(made, goal, labels.numpy()), rel=1e-5)
 
 
+def test_a_finer_map_is_averaged_over_its_known_places_before_the_block() -> None:
+    layer = block().eval()
+    student, teacher = case().tensors()
+    assert teacher is not None
+    coarse = torch.randn(6, 3, 4, 4, generator=torch.Generator().manual_seed(2))
+    sides = (
+        Signals(None, {**student, "stages[0]": torch.full((6, 3, 8, 8), 2.0)}),
+        Signals(None, {**teacher, "stages[0]": coarse, "layer2": layer(coarse).detach()}, {"layer2": Lent(layer)}),
+    )
+    term = HFDBSD(through="layer2", **UNIT)
+    term.build(*sides, Facts(num_classes=3))
+    labels = torch.zeros(6, 8, 8, dtype=torch.long)
+    labels[:, 1::2] = -1  # half of each cell, and not its corner
+    made, _ = term.early(*sides, labels)
+    torch.testing.assert_close(made, layer(torch.full((6, 3, 4, 4), 2.0)))
+
+
 def test_the_block_is_a_constant_and_stays_as_it_is() -> None:
     layer = block()
     term, student, teacher = behind(layer)

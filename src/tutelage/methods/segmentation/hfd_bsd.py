@@ -287,9 +287,9 @@ class HFDBSD(Term):
         own, peer = self.project_low(student[self.low[0].name]), teacher[self.low[1].name]
         if self.through is None:
             return own, peer
-        known = own.where(_compared(target, own)[:, None], 0.0)
-        there = at_grid(known, (peer.shape[2], peer.shape[3])).where(_compared(target, peer)[:, None], 0.0)
-        return self.passed(teacher, there), teacher[self.through]
+        places = _compared(target, own)
+        there = at_grid(own.where(places[:, None], 0.0), (peer.shape[2], peer.shape[3]), places)
+        return self.passed(teacher, there.where(_compared(target, peer)[:, None], 0.0)), teacher[self.through]
 
     def forward(self, student: Signals, teacher: Signals, batch: Batch) -> dict[str, Tensor]:  # type: ignore[override]
         """Return the parts `low`, `region` and `pixel`.
