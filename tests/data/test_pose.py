@@ -344,8 +344,11 @@ def test_videos_that_ubody_tests_on_are_not_trained_on(tmp_path: Path) -> None:
         file = root / "annotations" / f"talk{number}" / "keypoint_annotation.json"
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(table))
-    every = {"interval": 1}
+    every: dict[str, Any] = {"interval": 1}
     assert len(read(root, "ubody", validation_share=0.5, pose=every).train.samples) == 2
+    files = [f"annotations/talk{number}/keypoint_annotation.json" for number in range(2)]
+    named = read(root, "ubody", pose={**every, "annotations": {"train": files[0], "validation": files[1]}})
+    assert [len(part.samples) for part in (named.train, named.validation)] == [2, 2]
     (root / "splits").mkdir()
     np.save(root / "splits" / "intra_scene_test_list.npy", np.array(["second"]))
     data = read(root, "ubody", pose=every)
@@ -358,6 +361,11 @@ def test_videos_that_ubody_tests_on_are_not_trained_on(tmp_path: Path) -> None:
     coco = written(tmp_path / "coco", [whole(7, 1), whole(8, 2)], "coco_wholebody_train_v1.0.json")
     also = read(coco, "wholebody", validation_share=0.4, pose={**every, "also": f"ubody:{root}"})
     assert len(also.train.samples) + len(also.validation.samples) == 4
+    np.save(root / "splits" / "intra_scene_test_list.npy", np.array(["first", "second"]))
+    with pytest.raises(
+        UserError, match=r"intra_scene_test_list\.npy names every video there is: nothing is left to train"
+    ):
+        read(root, "ubody", pose=every)
     (root / "splits" / "intra_scene_test_list.npy").write_text("no array")
     with pytest.raises(UserError, match=r"intra_scene_test_list\.npy cannot be read"):
         read(root, "ubody", pose=every)
@@ -374,6 +382,8 @@ def test_some_pictures_are_taken_with_their_people(tmp_path: Path) -> None:
     twice = type(people).joined([people, second])
     assert twice.image.tolist() == [0, 1, 1, 2, 2]
     assert twice.uncounted.image.tolist() == [0, 1, 2]
+    assert twice.picture_ids == (0, 1, 2)  # both files call a picture 2, and scores go by picture
+    assert twice.image_ids.tolist() == twice.image.tolist()
 
 
 # --- boxes of a detector -------------------------------------------------------------------------------------

@@ -130,12 +130,16 @@ class People:
             word: torch.cat([getattr(part, word) for part in parts]) for word in ROWS if word != "image"
         }
         listed: dict[str, Any] = {word: tuple(one for part in parts for one in getattr(part, word)) for word in LISTED}
+        image = torch.cat([part.image + start for part, start in zip(parts, starts, strict=True)])
+        count = len(listed["pictures"])
+        if len(set(listed["picture_ids"])) < count:  # files that count their images alike
+            listed["picture_ids"], rows["image_ids"] = tuple(range(count)), image
         beside = [
             (part.uncounted.image + start, part.uncounted.boxes, part.uncounted.area)
             for part, start in zip(parts, starts, strict=True)
         ]
         return cls(
-            image=torch.cat([part.image + start for part, start in zip(parts, starts, strict=True)]),
+            image=image,
             layout=first.layout,
             uncounted=Uncounted(*map(torch.cat, zip(*beside, strict=True))),
             **listed,

@@ -714,14 +714,16 @@ def _people(kind: str, place: str, options: Options, on_error: Any) -> dict[str,
         for split, files in files_of(root, kind, options.annotations).items()
     }
     troubles.settle(on_error)
-    return _held_out(found["train"], root) if kind == "ubody" else found
+    if kind == "ubody":  # a split that is named comes before the list's
+        found = {**_held_out(found.pop("train"), root), **found}
+    return found
 
 
 def _held_out(people: People, root: Path) -> dict[str, People]:
     """Return UBody's people by split, where its own list of videos to test on is there; else all of them to train on.
 
     Raises:
-        UserError: if the list cannot be read.
+        UserError: if the list cannot be read, or names every video.
     """
     file = root / UBODY_TEST
     if not file.is_file():
@@ -732,8 +734,10 @@ def _held_out(people: People, root: Path) -> dict[str, People]:
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from error
     held = [Path(name).parent.name.partition("_Trim")[0] in videos for name in people.names]
-    parts = {"train": people.within([not one for one in held]), "validation": people.within(held)}
-    return {split: part for split, part in parts.items() if len(part)}
+    train, validation = people.within([not one for one in held]), people.within(held)
+    if not len(train):
+        raise UserError(f"{file} names every video there is: nothing is left to train on; move it away to train on all")
+    return {"train": train, **({"validation": validation} if len(validation) else {})}
 
 
 def drawn(number: int, options: Options, first: int) -> People:
