@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tutelage.core.error import UserError
+from tutelage.data.augment import build
 from tutelage.data.load import load
 from tutelage.data.photometric import HSV, SIDES, Blur, MedianBlur, moves_of, to_hsv, to_rgb
 from tutelage.functional.noise import keys, uniform
@@ -126,6 +127,15 @@ def test_moves_are_read() -> None:
     for kind, word in ((Blur, "blur"), (MedianBlur, "median_blur")):
         with pytest.raises(UserError, match=rf"augment\.{word} is a probability in \[0, 1\], not 2"):
             kind(2)
+
+
+@pytest.mark.parametrize("given", [[5, 60, 70], {"hue": 5, "saturation": 60, "value": 70}])
+def test_moves_are_said_alike_in_every_task(given: Any) -> None:
+    found = build([{"hsv": given}], train=True)
+    assert found is not None
+    assert found.steps == (HSV(5, 60, 70),)
+    with pytest.raises(UserError, match=r"data\.augment\.hsv is \[hue, saturation, value\]"):
+        build([{"hsv": [5, 60]}], train=True)
 
 
 SOURCES: dict[str, dict[str, Any]] = {

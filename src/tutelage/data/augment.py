@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tutelage.core.error import UserError, nearest
-from tutelage.data.photometric import HSV, Blur, MedianBlur
+from tutelage.data.photometric import HSV, Blur, MedianBlur, moves_of
 from tutelage.data.samples import to_unit
 from tutelage.functional.noise import keys, uniform
 
@@ -238,6 +238,12 @@ def color_jitter(
     return ByTorchvision(v2.ColorJitter(brightness, contrast, saturation, hue))
 
 
+def hsv(hue: Any = HSV.hue, saturation: Any = HSV.saturation, value: Any = HSV.value) -> HSV:
+    """Move hue, saturation and value: see `HSV`. The three moves may stand in one list, as in other tasks."""
+    moves = moves_of(hue) if isinstance(hue, (list, tuple)) else None
+    return HSV(*(moves or (hue, saturation, value)))
+
+
 def rand_augment(num_ops: int = 2, magnitude: int = 9) -> ByTorchvision:
     """Apply some of fourteen changes at one strength (Cubuk et al., NeurIPS 2020)."""
     from torchvision.transforms import v2
@@ -330,7 +336,7 @@ STEPS: dict[str, Callable[..., Step]] = {
     "color_jitter": color_jitter,
     "erase": Erase,
     "flip": Flip,
-    "hsv": HSV,
+    "hsv": hsv,
     "median_blur": MedianBlur,
     "pad_crop": PadCrop,
     "rand_augment": rand_augment,
