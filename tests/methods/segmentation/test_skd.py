@@ -441,6 +441,7 @@ def test_maps_that_do_not_fit() -> None:
         ({"pool_scale": 0}, "pool_scale is a share in (0, 1], not 0"),
         ({"pool_scale": 2}, "pool_scale is a share in (0, 1], not 2"),
         ({"lambda_holistic": -1}, "lambda_holistic is at least 0, not -1"),
+        ({"lambda_penalty": -1}, "lambda_penalty is at least 0, not -1"),
         ({"discriminator_width": 0}, "discriminator_width is at least 1, not 0"),
         ({"discriminator_lr": 0}, "discriminator_lr must be > 0, not 0"),
     ],

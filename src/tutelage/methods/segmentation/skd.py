@@ -331,8 +331,9 @@ class SKD(Term):
             raise UserError(f"form {form!r} is not known; valid: mean, sum")
         if not 0 < pool_scale <= 1:
             raise UserError(f"pool_scale is a share in (0, 1], not {pool_scale}")
-        if lambda_holistic < 0:
-            raise UserError(f"lambda_holistic is at least 0, not {lambda_holistic}")
+        for name, given in (("lambda_holistic", lambda_holistic), ("lambda_penalty", lambda_penalty)):
+            if given < 0:
+                raise UserError(f"{name} is at least 0, not {given}")
         if discriminator_width < 1:
             raise UserError(f"discriminator_width is at least 1, not {discriminator_width}")
         if discriminator_lr is not None and discriminator_lr <= 0:
