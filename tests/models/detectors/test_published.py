@@ -410,6 +410,8 @@ def test_the_first_form_of_fcos_tells_logarithms_of_pixels(tmp_path: Path) -> No
             rows = range(one.shape[2] * one.shape[3])
             for row in rows:
                 y, x = divmod(row, one.shape[3])
+                square = [x * stride, y * stride, (x + 1) * stride, (y + 1) * stride]  # its middle is the position
+                assert answers.squares[start + row].tolist() == square
                 torch.testing.assert_close(answers.distances[0, start + row] * stride, far[0, :, y, x])
                 torch.testing.assert_close(answers.centreness[0, start + row], centred[0, 0, y, x])
             start += len(rows)

@@ -37,11 +37,13 @@ from tutelage.models.detectors.dense import (
     sizes,
     top,
 )
+from tutelage.models.detectors.exact import ExactAnchors
 from tutelage.models.detectors.pyramid import Pyramid
 from tutelage.models.detectors.towers import Scale
 
 #: Which paper: in the later one distances are in strides, and centredness stands beside them; in the first one they
-#: are exponentials of what each level scales for itself, in pixels, and centredness stands beside the classes.
+#: are exponentials of what each level scales for itself, in pixels, and centredness stands beside the classes. There
+#: positions lie in the middles of cells, here, as in torchvision, at their corners.
 Form = Literal["tpami", "iccv"]
 GROUPS = 32  # of the norms in the towers
 RANGE = (4.0, 8.0)  # how far the farthest edge may be, in strides, for a level to answer for it
@@ -218,8 +220,13 @@ class FCOS(nn.Module):
             raise UserError(f"fcos: width is a multiple of {GROUPS}, not {self.backbone.width}")
         if form not in get_args(Form):
             raise UserError(f"form {form!r} is not known{nearest(str(form), get_args(Form))}")
-        sides = tuple((stride,) for stride in self.backbone.strides)
-        self.anchor_generator = AnchorGenerator(sides, ((1.0,),) * len(sides))
+        strides = self.backbone.strides
+        sides = tuple((stride,) for stride in strides)
+        self.anchor_generator = (
+            ExactAnchors([[float(stride)] for stride in strides], [1.0], strides)
+            if form == "iccv"
+            else AnchorGenerator(sides, ((1.0,),) * len(sides))
+        )
         self.head = FCOSHead(self.backbone.width, 1, num_classes)
         self.scales = nn.ModuleList([Scale() for _ in self.backbone.strides] if form == "iccv" else [])
         self.reading = partial(Answers, radius=radius, threshold=threshold, candidates=candidates, iou=iou, most=most)
@@ -235,6 +242,8 @@ class FCOS(nn.Module):
         logits, distances, centreness = self._first_form(maps) if self.scales else self._said(maps)
         size = sizes(pixels, image_size)
         [squares] = self.anchor_generator(ImageList(pixels, [tuple(pixels.shape[-2:])]), maps)
+        if self.scales:
+            squares = squares + (squares[:, 2:] - squares[:, :2]).repeat(1, 2) / 2
         counts = [one.shape[2] * one.shape[3] for one in maps]
         return self.reading(logits, distances, centreness, squares, counts, size)
 
