@@ -204,6 +204,8 @@ def test_the_last_epochs_may_be_augmented_otherwise(task: str) -> None:
     ("late", "said"),
     [
         ({"epoch": 2, "augment": "none"}, "data.augment_late.epoch is not known; did you mean epochs?"),
+        (2, "data.augment_late is a section of `epochs` and `augment`, not 2"),
+        ({"epochs": True, "augment": "none"}, "data.augment_late.epochs counts the last epochs, at least 1, not True"),
         ({"epochs": 2}, "data.augment_late.augment is missing: what is done in the last epochs, such as none"),
         ({"epochs": 0, "augment": "none"}, "data.augment_late.epochs counts the last epochs, at least 1, not 0"),
         ({"augment": "none"}, "data.augment_late.epochs counts the last epochs, at least 1, not None"),

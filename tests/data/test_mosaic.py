@@ -270,11 +270,19 @@ def test_a_file_that_cannot_be_read_is_named_in_its_own_turn(tmp_path: Path) -> 
         ([{"hsv": [1, 2]}], "data.augment.hsv is [hue, saturation, value]"),
         ([{"flip": 0.3}], "data.augment.flip takes no option"),
         ([{"mosiac": {}}], "did you mean mosaic?"),
+        ([3], "data.augment: 3 is not known in detection"),
+        ([["flip"]], "data.augment: ['flip'] is not known in detection"),
+        ([{"mosaic": {"size": 64, "degrees": float("nan")}}], "data.augment.mosaic.degrees is a number, not nan"),
     ],
 )
 def test_what_makes_no_sense_is_named(augment: Any, said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         scenes(augment)
+
+
+def test_what_is_said_to_be_false_is_not_done() -> None:
+    assert scenes([{"hsv": False}, {"flip": False}, {"mosaic": False}]).train.samples.augment == ()
+    assert len(scenes([{"flip": True}, {"mixup": True}]).train.samples.augment) == 2
 
 
 def test_probability_zero_changes_nothing() -> None:

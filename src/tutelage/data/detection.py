@@ -429,21 +429,25 @@ def _augment(given: Any, options: Options, square: tuple[int, int] | None) -> tu
         raise UserError(f"data.augment: detection takes a list of {', '.join(AUGMENTATIONS)}, not {given!r}")
     found: dict[str, Step] = {}
     for part in words:
-        word, said = (part, {}) if isinstance(part, str) else next(iter(part.items())) if part else ("", {})
-        if word not in AUGMENTATIONS or (not isinstance(part, str) and len(part) > 1):
+        given = {part: True} if isinstance(part, str) else part
+        word, said = next(iter(given.items())) if isinstance(given, Mapping) and len(given) == 1 else ("", True)
+        if word not in AUGMENTATIONS:
             raise UserError(f"data.augment: {part!r} is not known in detection{nearest(str(word), AUGMENTATIONS)}")
-        found[word] = _step(word, said, options, square)
+        step = _step(word, said, options, square) if said is not False else None
+        if step is not None:
+            found[word] = step
     return tuple(found[word] for word in AUGMENTATIONS if word in found)
 
 
-def _step(word: str, said: Any, options: Options, square: tuple[int, int] | None) -> Step:
+def _step(word: str, said: Any, options: Options, square: tuple[int, int] | None) -> Step | None:
     if word == "hsv":
-        moves = moves_of(said or True)
-        return Plain(word, HSV(*moves) if moves is not None else None)
+        moves = moves_of(said)
+        return Plain(word, HSV(*moves)) if moves is not None else None
     if word not in MIXED:
-        if said:
-            raise UserError(f"data.augment.{word} takes no option")
+        if said is not True:
+            raise UserError(f"data.augment.{word} takes no option, only true or false")
         return Plain(word)
+    said = {} if said is True else said
     make = MIXED[word]
     if not isinstance(said, Mapping):
         raise UserError(f"data.augment.{word} takes options by name, not {said!r}")

@@ -371,11 +371,13 @@ def _late(spec: Spec, train: Samples) -> Late | None:
     given = spec.augment_late
     if given is None:
         return None
+    if not isinstance(given, Mapping):
+        raise UserError(f"data.augment_late is a section of `epochs` and `augment`, not {given!r}")
     check_words(given, ("epochs", "augment"), "data.augment_late")
     if given.get("augment") is None:
         raise UserError("data.augment_late.augment is missing: what is done in the last epochs, such as none")
     epochs = given.get("epochs")
-    if not isinstance(epochs, int) or epochs < 1:
+    if not isinstance(epochs, int) or isinstance(epochs, bool) or epochs < 1:
         raise UserError(f"data.augment_late.epochs counts the last epochs, at least 1, not {epochs!r}")
     try:
         if isinstance(train, Dense):

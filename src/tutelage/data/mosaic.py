@@ -110,7 +110,7 @@ class MixUp:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _require_range(scale: tuple[float, float], option: str) -> None:

@@ -108,7 +108,7 @@ class Compared:
             measures = {name: Measures(**one) for name, one in found["measures"].items()}
             metric, baseline = Metric.of(found["metric"]), found["baseline"]
             comparison = Comparison(metric, scores, baseline, found["teacher"], published=found["published"])
-            return cls(found["title"], comparison, measures, runs, folder, found["left_out"])
+            return cls(found["title"], comparison, measures, runs, folder, found.get("left_out", {}))
         except UserError:
             raise
         except (KeyError, TypeError, ValueError, AttributeError) as error:
