@@ -270,18 +270,8 @@ SOURCES: dict[str, Callable[[str, Spec], Sets]] = {
 EMBEDDED = ("digits", "stdlib-text")
 #: Words of the section that are about images and classes.
 OF_IMAGES = (
-    *(
-        "labels",
-        "unlabelled",
-        "labelled_per_batch",
-        "augment",
-        "augment_late",
-        "views",
-        "image_size",
-        "mixup",
-        "cutmix",
-    ),
-    *("image_column", "label_column"),
+    *("labels", "unlabelled", "labelled_per_batch", "augment", "augment_late", "views", "image_size"),
+    *("mixup", "cutmix", "image_column", "label_column"),
 )
 #: Words of the section that are about one class an image.
 OF_CLASSES = ("unlabelled", "views", "mixup", "cutmix")
