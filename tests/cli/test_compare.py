@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tiny_recipe import Told, recipe, tree, tutelage
+from tutelage.core.error import UserError
 from tutelage.run.compare import asked
 
 CAPSYS = pytest.CaptureFixture[str]
@@ -106,8 +107,19 @@ def test_methods_over_pairs_make_a_grid(capsys: CAPSYS) -> None:
     assert re.sub(r"\d", "0", Path("all/report.html").read_text()) == re.sub(r"\d", "0", first)
     assert [*tutelage(capsys, "report", "all", "--json").document["pairs"]] == ["round", "flat"]
     assert sum("| kd " in line for line in tutelage(capsys, "report", "all", "--to", "markdown").out) == 2
+    Path("all/flat/comparison.json").unlink()
+    assert tutelage(capsys, "report", "all").err[0].startswith("tutelage: all/flat/comparison.json")  # not the grid's
     Path("all/grid.json").write_text("{}")
     assert tutelage(capsys, "report", "all").err[0].startswith("tutelage: all/grid.json is damaged ('pairs')")
+
+
+def test_recipes_of_one_name_are_called_after_their_folders() -> None:
+    assert [*asked(["kd/demo", "mgd/demo"], "kd", "0", [])[0]] == ["kd-demo", "mgd-demo"]
+    for name in ("one/x", "two/x"):
+        Path(name).mkdir(parents=True)
+        recipe(name=f"{name}/a.yaml")
+    with pytest.raises(UserError, match=re.escape("not one/x/a.yaml, two/x/a.yaml")):
+        asked(["one/x/a.yaml", "two/x/a.yaml"], "kd", "0", [])
 
 
 @pytest.mark.parametrize(("seeds", "said"), [("a", "--seeds takes numbers"), ("0,x", "--seeds takes numbers")])

@@ -3,6 +3,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -37,6 +38,21 @@ from tutelage.train.lockstep import InStep, advance
 from tutelage.train.runtime import Runtime
 
 COMPARISON = "comparison.json"
+
+
+@contextmanager
+def undamaged(file: Path) -> Iterator[None]:
+    """Say of a file of a comparison that it is damaged, where it does not hold what was written.
+
+    Raises:
+        UserError: in the place of whatever such a file ends in; one from within stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); give the command of the comparison again") from error
 
 
 @dataclass(frozen=True)
@@ -101,7 +117,7 @@ class Compared:
             UserError: if it holds none, or a damaged one.
         """
         file = folder / COMPARISON
-        try:
+        with undamaged(file):
             found = json.loads(read_text(file))
             scores = {arm: {int(s): float(v) for s, v in runs.items()} for arm, runs in found["scores"].items()}
             runs = {arm: {int(s): folder / name for s, name in runs.items()} for arm, runs in found["runs"].items()}
@@ -109,10 +125,6 @@ class Compared:
             metric, baseline = Metric.of(found["metric"]), found["baseline"]
             comparison = Comparison(metric, scores, baseline, found["teacher"], published=found["published"])
             return cls(found["title"], comparison, measures, runs, folder, found.get("left_out", {}))
-        except UserError:
-            raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error}); give the command of the comparison again") from error
 
 
 def compare(
@@ -355,9 +367,7 @@ def asked(
     """
     found = {name: load(name, sets) for name in names}
     first = next(iter(found.values()))
-    titles = {name: _title(name) for name in found}
-    if len(set(titles.values())) < len(titles):
-        titles = {name: name for name in found}
+    titles = dict(zip(found, _titles(tuple(found)), strict=True))
     if methods_text is not None:
         stems = [text.strip() for text in methods_text.split(",") if text.strip()]
         objectives = {stem: of_methods(stem) for stem in stems}
@@ -377,10 +387,20 @@ def asked(
     return grid, seeds or (first.compare.seeds if first.compare else (0, 1, 2, 3, 4))
 
 
-def _title(name: str) -> str:
-    """Return what a recipe is called; that of a run after its folder."""
-    path = Path(name)
-    return path.parent.name if path.stem == "recipe" and path.parent.name else path.stem
+def _titles(names: Sequence[str]) -> tuple[str, ...]:
+    """Return what recipes are called: that of a run after its folder, those of one name after their folders as well.
+
+    Raises:
+        UserError: if two would still be called the same.
+    """
+    paths = [Path(name) for name in names]
+    short = [path.parent.name if path.stem == "recipe" and path.parent.name else path.stem for path in paths]
+    if len(set(short)) == len(short):
+        return tuple(short)
+    long = [f"{path.parent.name}-{path.stem}" for path in paths]
+    if len(set(long)) < len(long):
+        raise UserError(f"recipes that are compared have names of their own, not {', '.join(names)}")
+    return tuple(long)
 
 
 def _stem(name: str) -> str:

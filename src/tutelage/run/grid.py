@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tutelage.core.error import UserError
 from tutelage.core.storage import write_text
 from tutelage.report.environment import environment
 from tutelage.report.page import Page, write
 from tutelage.report.plot import scores, styles
 from tutelage.report.table import Table
 from tutelage.report.verdict import Verdict
-from tutelage.run.compare import Compared, compare
+from tutelage.run.compare import Compared, compare, undamaged
 from tutelage.run.page import cards_of
 from tutelage.run.recipe import Recipe, read_text
 
@@ -75,12 +74,10 @@ class Grid:
             UserError: if it holds none, or a damaged one.
         """
         file = folder / GRID
-        try:
+        with undamaged(file):
             found = json.loads(read_text(file))
             places = {str(pair): folder / str(name) for pair, name in found["pairs"].items()}
             return cls(str(found["title"]), {pair: Compared.read(place) for pair, place in places.items()}, folder)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{file} is damaged ({error}); give the command of the comparison again") from error
 
     def page(self, arms: Mapping[str, Mapping[str, Recipe]]) -> None:
         """Write the page of all pairs.
@@ -136,9 +133,8 @@ def grid(
     done = {}
     for pair, own in arms.items():
         say(f"{pair}:")
-        place = folder / pair.replace("/", "-")
         heading = f"{pair}: {len(own)} ways to train one student"
-        done[pair] = compare(own, seeds, place, title=heading, quiet=quiet, apart=apart, lenient=True, say=say)
+        done[pair] = compare(own, seeds, folder / pair, title=heading, quiet=quiet, apart=apart, lenient=True, say=say)
     found = Grid(title, done, folder)
     write_text(folder / GRID, json.dumps({"title": title, "pairs": {p: c.folder.name for p, c in done.items()}}) + "\n")
     found.page(arms)
